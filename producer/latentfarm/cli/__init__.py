@@ -1,0 +1,1 @@
+"""The command line: ids and data on stdout, progress on stderr, exit codes that say what happened."""

@@ -1,0 +1,62 @@
+"""`latentfarm`: the commands put together, and errors turned into one sentence and an exit code.
+
+Exit codes: 0 done, 1 an image failed, 2 the request is wrong, 3 the farm does not answer, 4 timeout, 130 interrupted.
+"""
+
+from __future__ import annotations
+
+import sys
+
+import typer
+from latentfarm_shared import __version__
+from latentfarm_shared.errors import FarmError
+
+from latentfarm.cli import jobs, library, local
+
+app = typer.Typer(
+    name="latentfarm",
+    help="Render Stable Diffusion jobs with textual-inversion embeddings on a farm of warm workers.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="markdown",
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+app.command()(local.up)
+app.command()(local.demo)
+app.command()(jobs.generate)
+app.command()(jobs.submit)
+app.command(context_settings={"allow_extra_args": True})(local.worker)
+app.command()(local.serve)
+app.add_typer(jobs.app, name="jobs", help="List, watch and download jobs.")
+app.add_typer(library.embeddings_app, name="embeddings", help="Add and list embeddings.")
+app.add_typer(library.models_app, name="models", help="Add and list checkpoints.")
+app.add_typer(jobs.workers_app, name="workers", help="List the workers that are alive.")
+
+
+def _print_version(value: bool) -> None:
+    if value:
+        typer.echo(__version__)
+        raise typer.Exit
+
+
+@app.callback()
+def _root(
+    version: bool = typer.Option(False, "--version", callback=_print_version, is_eager=True, help="Print the version."),  # noqa: FBT003
+) -> None:
+    pass
+
+
+def main() -> None:
+    """Run the command line."""
+    try:
+        app()
+    except FarmError as error:
+        print(f"latentfarm: {error}", file=sys.stderr)
+        sys.exit(error.exit_code)
+    except KeyboardInterrupt:
+        print("latentfarm: interrupted; submitted jobs go on", file=sys.stderr)
+        sys.exit(130)
+
+
+if __name__ == "__main__":
+    main()

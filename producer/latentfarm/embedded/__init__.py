@@ -1,0 +1,1 @@
+"""The embedded farm: real Valkey and SeaweedFS servers and workers on this machine, without Docker."""

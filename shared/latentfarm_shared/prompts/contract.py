@@ -1,0 +1,123 @@
+"""The strict contract: an embedding that a job asks for is applied, or the job is refused with the reason.
+
+Explicit requests (`embeddings=[…]`, `embedding:NAME`, `<NAME>`) must exist and fit. A bare word that matches a name is
+that embedding; one that looks like a misspelt name is refused; any other is text.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+
+from latentfarm_shared.errors import EmbeddingRefused, InvalidField, UnknownName
+from latentfarm_shared.prompts.attention import parse_attention
+from latentfarm_shared.prompts.matching import Mention, NameMatcher
+from latentfarm_shared.prompts.tokens import ClipTokenizer
+from latentfarm_shared.records import CheckpointRecord, EmbeddingRecord
+from latentfarm_shared.specs import JobSpec, Side
+
+_EXPLICIT = re.compile(r"(?<![\w-])embedding:(?P<comfy>[^\s,()\[\]<>:|]+)|<(?P<angle>[^<>:\n]+)>")
+_EXTRA_NETWORK = re.compile(r"<(\w+):[^<>]*>")
+_WORDS = re.compile(r"[^\s,.;!?()\[\]|:\"']+")
+_CODE_LIKE = re.compile(r"[\d_-]")
+_SIDES: tuple[tuple[Side, str], ...] = (("positive", "prompt"), ("negative", "negative_prompt"))
+
+
+@dataclass(frozen=True)
+class Settled:
+    """A spec whose prompts hold every embedding as a bare name, and the embeddings they use."""
+
+    spec: JobSpec
+    embeddings: tuple[EmbeddingRecord, ...]
+
+
+def settle(
+    spec: JobSpec, checkpoint: CheckpointRecord, known: Mapping[str, EmbeddingRecord], tokenizer: ClipTokenizer
+) -> Settled:
+    """Resolve every embedding a spec asks for; `known` is by name in lower case.
+
+    Raises:
+        UnknownName: an explicit or misspelt name; with the nearest names.
+        EmbeddingRefused: an embedding made for another family of checkpoints.
+        InvalidField: the prompt asks for something that is no embedding and not supported.
+    """
+    matcher = NameMatcher(tokenizer, known.values())
+    used: dict[str, EmbeddingRecord] = {}
+    prompts: dict[str, str] = {}
+    for side, field in _SIDES:
+        prompt = _replace_explicit(getattr(spec, field), field, known)
+        wanted = [_lookup(use.name, known) for use in spec.embeddings if use.side == side]
+        mentioned = _mentions(prompt, matcher)
+        for record in wanted:
+            if record not in mentioned:
+                prompt = f"{prompt}, {_escape(record.name)}" if prompt.strip() else _escape(record.name)
+                mentioned.append(record)
+        _refuse_near_misses(prompt, matcher, known)
+        for record in _mentions(prompt, matcher):
+            _refuse_misfit(record, checkpoint)
+            used[record.name.lower()] = record
+        lost = next((r for r in mentioned if r.name.lower() not in used), None)
+        if lost is not None:
+            raise EmbeddingRefused(lost.name, "another embedding's name hides it in this prompt")
+        prompts[field] = prompt
+    return Settled(spec.model_copy(update=prompts), tuple(used.values()))
+
+
+def _replace_explicit(prompt: str, field: str, known: Mapping[str, EmbeddingRecord]) -> str:
+    network = _EXTRA_NETWORK.search(prompt)
+    if network:
+        raise InvalidField(field, f"{network.group()!r}: {network.group(1)} networks are not supported; remove it")
+    return _EXPLICIT.sub(lambda m: _escape(_lookup(m["comfy"] or m["angle"], known).name), prompt)
+
+
+def _lookup(name: str, known: Mapping[str, EmbeddingRecord]) -> EmbeddingRecord:
+    record = known.get(name.strip().lower())
+    if record is None:
+        raise UnknownName.among("embedding", name.strip(), (item.name for item in known.values()))
+    return record
+
+
+def _mentions(prompt: str, matcher: NameMatcher) -> list[EmbeddingRecord]:
+    found: list[EmbeddingRecord] = []
+    for segment in parse_attention(prompt):
+        for item in matcher.split(segment.text):
+            if isinstance(item, Mention) and item.embedding not in found:
+                found.append(item.embedding)
+    return found
+
+
+def _refuse_misfit(record: EmbeddingRecord, checkpoint: CheckpointRecord) -> None:
+    if not record.fits(checkpoint.widths):
+        has = ", ".join(f"{encoder} {width}" for encoder, width in sorted(record.widths.items()))
+        needs = ", ".join(f"{encoder} {width}" for encoder, width in sorted(checkpoint.widths.items()))
+        raise EmbeddingRefused(record.name, f"its vectors are {has}, but model {checkpoint.name!r} takes {needs}")
+
+
+def _refuse_near_misses(prompt: str, matcher: NameMatcher, known: Mapping[str, EmbeddingRecord]) -> None:
+    for segment in parse_attention(prompt):
+        for word in _WORDS.findall(segment.text):
+            if not _CODE_LIKE.search(word) or any(isinstance(item, Mention) for item in matcher.split(word)):
+                continue
+            near = _within_two_edits(word.lower(), known)
+            if near:
+                raise UnknownName("embedding", word, near)
+
+
+def _within_two_edits(word: str, names: Iterable[str]) -> tuple[str, ...]:
+    scored = sorted((edit_distance(word, name), name) for name in names if abs(len(word) - len(name)) <= 2)
+    return tuple(name for distance, name in scored if 0 < distance <= 2 and distance * 2 < len(name))[:3]
+
+
+def edit_distance(left: str, right: str) -> int:
+    """Return the Levenshtein distance between two words."""
+    row = list(range(len(right) + 1))
+    for i, a in enumerate(left, 1):
+        above, row[0] = row[0], i
+        for j, b in enumerate(right, 1):
+            above, row[j] = row[j], min(row[j] + 1, row[j - 1] + 1, above + (a != b))
+    return row[-1]
+
+
+def _escape(name: str) -> str:
+    return re.sub(r"([()\[\]\\])", r"\\\1", name)

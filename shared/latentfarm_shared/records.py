@@ -1,0 +1,99 @@
+"""Records of checkpoints and embeddings, and the lock that freezes a job to them."""
+
+from __future__ import annotations
+
+import hashlib
+from typing import Literal, Self
+
+from pydantic import BaseModel, ConfigDict
+
+_FAMILIES = {
+    frozenset({("clip_l", 768)}): "sd1",
+    frozenset({("clip_h", 1024)}): "sd2",
+    frozenset({("clip_l", 768), ("clip_g", 1280)}): "sdxl",
+}
+
+
+def family_of(widths: dict[str, int], name: str) -> str:
+    """Return the family that a checkpoint of these encoder widths belongs to; one of its own if none is known."""
+    return _FAMILIES.get(frozenset(widths.items()), name)
+
+
+class _Record(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    def encode(self) -> str:
+        """Return the one wire form."""
+        return self.model_dump_json()
+
+    @classmethod
+    def decode(cls, text: str | bytes) -> Self:
+        """Read the wire form back."""
+        return cls.model_validate_json(text)
+
+
+class BlobFile(_Record):
+    """One file of a checkpoint: its place in the diffusers folder and its content."""
+
+    path: str
+    sha256: str
+    size: int
+
+
+class CheckpointRecord(_Record):
+    """What a submission needs to know of a checkpoint; workers fetch the files by hash.
+
+    `source` is `s3` when the files lie in the farm's store, else the hub id (`hub:owner/name@revision`).
+    """
+
+    name: str
+    layout: Literal["diffusers", "single_file"] = "diffusers"
+    family: str
+    widths: dict[str, int]
+    prediction_type: Literal["epsilon", "v_prediction"]
+    source: str = "s3"
+    files: tuple[BlobFile, ...]
+
+    @property
+    def hash(self) -> str:
+        """Identity: sha256 over the paths and contents of all files, 64 hex digits."""
+        lines = "".join(f"{f.sha256} {f.path}\n" for f in sorted(self.files, key=lambda f: f.path))
+        return hashlib.sha256(lines.encode()).hexdigest()
+
+    @property
+    def weights_hash(self) -> str:
+        """sha256 of the file A1111 would hash: the single file, or the UNet's weights."""
+        weights = [f for f in self.files if f.path.endswith(".safetensors")]
+        return next((f for f in weights if f.path.startswith("unet/")), weights[0]).sha256
+
+    def file(self, path: str) -> BlobFile | None:
+        """Return the file at `path` of the folder, if the checkpoint has it."""
+        return next((f for f in self.files if f.path == path), None)
+
+
+class EmbeddingRecord(_Record):
+    """A named embedding: the tensors by content id, the file it came from by its hash."""
+
+    name: str
+    content_id: str
+    file_sha256: str
+    vectors: int
+    widths: dict[str, int]
+    internal_name: str | None = None
+    layout: str
+
+    @property
+    def ti_hash(self) -> str:
+        """First 12 hex digits of the file's sha256, as in A1111's `TI hashes`."""
+        return self.file_sha256[:12]
+
+    def fits(self, widths: dict[str, int]) -> bool:
+        """Tell whether a checkpoint with these encoder widths can take it."""
+        return self.widths == widths
+
+
+class Lock(_Record):
+    """What a job was frozen to at submission. Its prompts are matched against these names only."""
+
+    checkpoint: CheckpointRecord
+    embeddings: tuple[EmbeddingRecord, ...] = ()

@@ -1,0 +1,170 @@
+"""Settings from the environment: read once, frozen, refused when malformed.
+
+`LATENTFARM_*` variables name the farm, the usual `AWS_*` variables the S3 credentials. A farm started by
+`latentfarm up` leaves its addresses and credentials in `farm.json` in its data folder, readable by the owner
+alone; whatever the environment leaves open is taken from there.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Literal
+from urllib.parse import urlsplit, urlunsplit
+
+import platformdirs
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from latentfarm_shared.errors import BadSettings, NoFarm, nearest
+
+FARM_FILE = "farm.json"
+
+
+class FarmFile(BaseModel):
+    """What a farm started here tells other terminals of this user."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    redis_url: str
+    redis_password: str
+    s3_endpoint: str
+    s3_access_key: str
+    s3_secret_key: str
+    s3_bucket: str
+    pid: int
+
+    @classmethod
+    def read(cls, data: Path) -> FarmFile | None:
+        """Read `farm.json` in a data folder; None if no farm was ever started there."""
+        path = data / FARM_FILE
+        try:
+            return cls.model_validate_json(path.read_bytes())
+        except FileNotFoundError:
+            return None
+        except (ValidationError, OSError) as error:
+            raise BadSettings("LATENTFARM_DATA", f"{path} cannot be read: {type(error).__name__}") from error
+
+    def write(self, data: Path) -> None:
+        """Replace `farm.json` in a data folder as a whole, readable by the owner alone."""
+        partial = data / (FARM_FILE + ".partial")
+        descriptor = os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
+        with os.fdopen(descriptor, "w", encoding="utf-8") as file:
+            json.dump(self.model_dump(), file, indent=1)
+        os.replace(partial, data / FARM_FILE)
+
+
+class _Environment(BaseModel):
+    """The variables as they are named; docs/settings.md explains each."""
+
+    model_config = ConfigDict(frozen=True, extra="ignore")
+
+    LATENTFARM_DATA: Path | None = None
+    LATENTFARM_REDIS_URL: str | None = Field(None, pattern=r"^(redis|rediss|redis\+socket)://.+")
+    LATENTFARM_REDIS_PASSWORD: str | None = None
+    LATENTFARM_S3_ENDPOINT: str | None = Field(None, pattern=r"^https?://.+")
+    LATENTFARM_S3_BUCKET: str | None = Field(None, pattern=r"^[a-z0-9][a-z0-9.-]{1,61}[a-z0-9]$")
+    LATENTFARM_CACHE: Path | None = None
+    LATENTFARM_DEVICE: str = Field("cpu", pattern=r"^(cpu|cuda(:\d+)?|mps)$")
+    LATENTFARM_SLOTS: int = Field(8, ge=1, le=256)
+    LATENTFARM_GRACE_S: float = Field(20.0, ge=0, le=3600)
+    LATENTFARM_LOG_LEVEL: Literal["DEBUG", "INFO", "WARNING", "ERROR"] = "INFO"
+    LATENTFARM_LOG_FORMAT: Literal["console", "json"] = "console"
+    LATENTFARM_API_HOST: str = "127.0.0.1"
+    LATENTFARM_API_PORT: int = Field(8188, ge=0, le=65535)
+    AWS_ACCESS_KEY_ID: str | None = None
+    AWS_SECRET_ACCESS_KEY: str | None = None
+    AWS_REGION: str = "us-east-1"
+
+
+VARIABLES = tuple(_Environment.model_fields)
+
+
+class Settings(BaseModel):
+    """Everything a process of the farm needs to know before it starts. Times are in seconds."""
+
+    model_config = ConfigDict(frozen=True)
+
+    data: Path
+    cache: Path
+    redis_url: str
+    redis_password: str | None
+    s3_endpoint: str | None
+    s3_bucket: str
+    s3_access_key: str | None
+    s3_secret_key: str | None
+    s3_region: str
+    device: str
+    slots: int
+    grace_s: float
+    log_level: str
+    log_format: str
+    api_host: str
+    api_port: int
+
+    @property
+    def broker_url(self) -> str:
+        """The Redis URL with its password, as clients take it; never log it."""
+        if not self.redis_password:
+            return self.redis_url
+        parts = urlsplit(self.redis_url)
+        return urlunsplit(parts._replace(netloc=f":{self.redis_password}@{parts.netloc.rpartition('@')[2]}"))
+
+    @classmethod
+    def load(cls, data: Path | None = None, environ: Mapping[str, str] = os.environ) -> Settings:
+        """Read the environment and, where it is silent, the farm in the data folder.
+
+        Raises:
+            BadSettings: a variable is malformed or misspelt.
+            NoFarm: neither names a farm.
+        """
+        env = _read(environ)
+        folder = data_folder(data, env.LATENTFARM_DATA)
+        farm = FarmFile.read(folder)
+        if env.LATENTFARM_REDIS_URL is None and farm is None:
+            raise NoFarm(f"in {folder}")
+        if farm is not None and env.LATENTFARM_REDIS_URL not in (None, farm.redis_url):
+            farm = None
+        return cls(
+            data=folder,
+            cache=env.LATENTFARM_CACHE or folder / "cache",
+            redis_url=env.LATENTFARM_REDIS_URL or (farm.redis_url if farm else ""),
+            redis_password=env.LATENTFARM_REDIS_PASSWORD or (farm.redis_password if farm else None),
+            s3_endpoint=env.LATENTFARM_S3_ENDPOINT or (farm.s3_endpoint if farm else None),
+            s3_bucket=env.LATENTFARM_S3_BUCKET or (farm.s3_bucket if farm else "latentfarm"),
+            s3_access_key=env.AWS_ACCESS_KEY_ID or (farm.s3_access_key if farm else None),
+            s3_secret_key=env.AWS_SECRET_ACCESS_KEY or (farm.s3_secret_key if farm else None),
+            s3_region=env.AWS_REGION,
+            device=env.LATENTFARM_DEVICE,
+            slots=env.LATENTFARM_SLOTS,
+            grace_s=env.LATENTFARM_GRACE_S,
+            log_level=env.LATENTFARM_LOG_LEVEL,
+            log_format=env.LATENTFARM_LOG_FORMAT,
+            api_host=env.LATENTFARM_API_HOST,
+            api_port=env.LATENTFARM_API_PORT,
+        )
+
+
+def data_folder(given: Path | None, from_environment: Path | None = None) -> Path:
+    """Return the folder of the local farm: the one given, the environment's, or the user's own."""
+    folder = given or from_environment or Path(platformdirs.user_data_dir("latentfarm", appauthor=False))
+    return folder.expanduser().absolute()
+
+
+def environment_data(environ: Mapping[str, str] = os.environ) -> Path | None:
+    """Return `LATENTFARM_DATA`, checking every other variable on the way."""
+    return _read(environ).LATENTFARM_DATA
+
+
+def _read(environ: Mapping[str, str]) -> _Environment:
+    for name in environ:
+        if name.startswith("LATENTFARM_") and name not in VARIABLES:
+            near = nearest(name, VARIABLES, 1)
+            raise BadSettings(name, "is not a setting" + (f"; did you mean {near[0]}?" if near else ""))
+    values = {name: environ[name] for name in VARIABLES if environ.get(name)}
+    try:
+        return _Environment.model_validate(values)
+    except ValidationError as error:
+        first = error.errors()[0]
+        raise BadSettings(str(first["loc"][0]), first["msg"].lower()) from error

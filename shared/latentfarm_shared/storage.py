@@ -1,0 +1,182 @@
+"""The object store: S3 through boto3, with its errors translated here and nowhere else."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import boto3
+from botocore.config import Config
+from botocore.exceptions import BotoCoreError, ClientError
+
+from latentfarm_shared.errors import FarmError, Unavailable
+from latentfarm_shared.settings import Settings
+
+if TYPE_CHECKING:
+    from mypy_boto3_s3 import S3Client
+
+_DENIED = {"InvalidAccessKeyId", "SignatureDoesNotMatch", "AccessDenied", "403"}
+_MISSING = {"NoSuchKey", "404", "NotFound"}
+_EXISTS = {"PreconditionFailed", "412", "ConditionalRequestConflict"}
+
+
+class MissingObject(FarmError):
+    """There is no object at `key`."""
+
+    def __init__(self, key: str) -> None:
+        super().__init__(key)
+        self.key = key
+
+    def __str__(self) -> str:
+        return f"there is no object {self.key!r} in the store"
+
+
+class ObjectConflict(FarmError):
+    """The object at `key` holds something else than what was to be written."""
+
+    code = "OBJECT_CONFLICT"
+
+    def __init__(self, key: str) -> None:
+        super().__init__(key)
+        self.key = key
+
+    def __str__(self) -> str:
+        return f"{self.key!r} already holds another content"
+
+
+class ObjectStore:
+    """One bucket of an S3-compatible store. Safe to share between threads."""
+
+    def __init__(self, settings: Settings) -> None:
+        """Prepare a client; nothing is sent yet."""
+        self.bucket = settings.s3_bucket
+        self._client: S3Client = boto3.client(
+            "s3",
+            endpoint_url=settings.s3_endpoint,
+            aws_access_key_id=settings.s3_access_key,
+            aws_secret_access_key=settings.s3_secret_key,
+            region_name=settings.s3_region,
+            config=Config(
+                signature_version="s3v4",
+                s3={"addressing_style": "path"},
+                retries={"mode": "standard", "max_attempts": 4},
+                connect_timeout=3,
+                read_timeout=30,
+                max_pool_connections=32,
+                request_checksum_calculation="when_required",
+                response_checksum_validation="when_required",
+            ),
+        )
+
+    def url(self, key: str) -> str:
+        """Return the `s3://` address of an object."""
+        return f"s3://{self.bucket}/{key}"
+
+    def check(self) -> None:
+        """Make sure the bucket is there and we may use it.
+
+        Raises:
+            Unavailable: no answer, wrong credentials, or no such bucket.
+        """
+        with self._translated(self.bucket):
+            self._client.head_bucket(Bucket=self.bucket)
+
+    def create_bucket(self) -> None:
+        """Create the bucket unless it exists."""
+        with self._translated(self.bucket):
+            names = [bucket["Name"] for bucket in self._client.list_buckets()["Buckets"]]
+            if self.bucket not in names:
+                self._client.create_bucket(Bucket=self.bucket)
+
+    def put(self, key: str, data: bytes, content_type: str = "application/octet-stream") -> None:
+        """Write an object, replacing what was there."""
+        with self._translated(key):
+            self._client.put_object(Bucket=self.bucket, Key=key, Body=data, ContentType=content_type)
+
+    def put_once(self, key: str, data: bytes, content_type: str, content_id: str) -> bool:
+        """Write an object unless it is there; tell whether this call wrote it.
+
+        An object already there must carry the same `content_id`: then the write happened before.
+
+        Raises:
+            ObjectConflict: it carries another.
+        """
+        try:
+            self._client.put_object(
+                Bucket=self.bucket,
+                Key=key,
+                Body=data,
+                ContentType=content_type,
+                IfNoneMatch="*",
+                Metadata={"content-id": content_id},
+            )
+        except ClientError as error:
+            if error.response["Error"]["Code"] not in _EXISTS:
+                raise _translate(error, key, self.bucket) from error
+        except BotoCoreError as error:
+            raise _translate(error, key, self.bucket) from error
+        else:
+            return True
+        if self.content_id(key) != content_id:
+            raise ObjectConflict(key)
+        return False
+
+    def content_id(self, key: str) -> str | None:
+        """Return the content id an object was written with; None if there is no object."""
+        try:
+            with self._translated(key):
+                return self._client.head_object(Bucket=self.bucket, Key=key)["Metadata"].get("content-id", "")
+        except MissingObject:
+            return None
+
+    def get(self, key: str) -> bytes:
+        """Read an object.
+
+        Raises:
+            MissingObject: there is none.
+        """
+        with self._translated(key):
+            return self._client.get_object(Bucket=self.bucket, Key=key)["Body"].read()
+
+    def upload(self, key: str, path: Path) -> None:
+        """Write a file of any size as an object."""
+        with self._translated(key):
+            self._client.upload_file(str(path), self.bucket, key)
+
+    def download(self, key: str, path: Path) -> None:
+        """Read an object of any size into a file, which appears whole or not at all."""
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with self._translated(key):
+            self._client.download_file(self.bucket, key, str(path))
+
+    def exists(self, key: str) -> bool:
+        """Tell whether there is an object at `key`."""
+        return self.content_id(key) is not None
+
+    def keys(self, prefix: str) -> list[str]:
+        """List the keys that start with `prefix`."""
+        with self._translated(prefix):
+            pages = self._client.get_paginator("list_objects_v2").paginate(Bucket=self.bucket, Prefix=prefix)
+            return [item["Key"] for page in pages for item in page.get("Contents", [])]
+
+    @contextmanager
+    def _translated(self, key: str) -> Iterator[None]:
+        try:
+            yield
+        except (ClientError, BotoCoreError) as error:
+            raise _translate(error, key, self.bucket) from error
+
+
+def _translate(error: ClientError | BotoCoreError, key: str, bucket: str) -> FarmError:
+    if not isinstance(error, ClientError):
+        return Unavailable("S3", f"no answer ({type(error).__name__})", "check LATENTFARM_S3_ENDPOINT")
+    code = error.response.get("Error", {}).get("Code", "")
+    if code in _DENIED:
+        return Unavailable("S3", "access denied", "check AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY")
+    if code == "NoSuchBucket" or (code in _MISSING and key == bucket):
+        return Unavailable("S3", f"there is no bucket {bucket!r}", "create it or set LATENTFARM_S3_BUCKET")
+    if code in _MISSING:
+        return MissingObject(key)
+    return Unavailable("S3", f"{code or 'error'} at {key!r}")

@@ -1,0 +1,1 @@
+"""Make the demo checkpoint: pictures, training, textual inversion and evaluation."""

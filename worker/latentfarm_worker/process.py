@@ -1,0 +1,149 @@
+"""Composition root of the worker process, started by the supervisor: a Celery worker around one engine.
+
+Orders come on standard input, a line each. When standard input ends, the supervisor is gone and so is this process,
+at once: its leases run out and its images run elsewhere within seconds.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import signal
+import sys
+import threading
+import time
+from pathlib import Path
+
+from celery.signals import setup_logging, worker_ready
+from latentfarm_shared.errors import FarmError
+from latentfarm_shared.ledger import Ledger
+from latentfarm_shared.logs import configure_logs, log
+from latentfarm_shared.settings import Settings
+from latentfarm_shared.storage import ObjectStore
+from latentfarm_shared.wakeups import TASK, celery_queue, make_celery, ring
+
+from latentfarm_worker.vitals import Vitals
+from latentfarm_worker.worker import Worker
+
+LOOK_EVERY_S = 2.0
+SWEEP_EVERY_S = 1.0
+
+
+class WorkerProcess:
+    """Ties a `Worker` to Celery, to the supervisor's orders and to the sweeper."""
+
+    def __init__(self, settings: Settings, name: str, vitals: Vitals, models: frozenset[str]) -> None:
+        """Wire everything; `models` are the checkpoints to serve, none for all."""
+        self._settings, self._name, self._models = settings, name, models
+        self._ledger = Ledger.connect(settings)
+        self._celery = make_celery(settings)
+        self._worker = Worker(name, settings, self._ledger, ObjectStore(settings), vitals)
+        self._register_task()
+
+    def run(self) -> None:
+        """Load what is there, then serve until told to stop."""
+        threading.Thread(target=self._obey, name="orders", daemon=True).start()
+        queues = self._load_new()
+        setup_logging.connect(lambda **_: None, weak=False)
+        worker_ready.connect(self._on_ready, weak=False)
+        self._celery.worker_main(
+            [
+                "--quiet", "worker", "-P", "threads", "-c", str(self._settings.slots + 2), "-n", self._name, "-l", "WARNING",
+                "-Q", ",".join(map(celery_queue, queues)) or "lf.none",
+                "--without-gossip", "--without-mingle", "--without-heartbeat",
+            ]
+        )  # fmt: skip
+
+    def _register_task(self) -> None:
+        @self._celery.task(name=TASK, shared=False)
+        def wake(queue: str, ticket: str) -> None:
+            self._ledger.answered(queue, ticket)
+            self._worker.serve(lambda: self._ring(queue))
+
+    def _ring(self, queue: str) -> None:
+        tickets = self._ledger.ring(queue)
+        if tickets:
+            ring(self._celery, queue, tickets)
+
+    def _load_new(self) -> list[str]:
+        """Load checkpoints that are registered, wanted and not loaded; return their queues."""
+        queues: list[str] = []
+        for record in self._worker.registry.checkpoints().values():
+            if (not self._models or record.name in self._models) and not self._worker.has(record):
+                queues += self._worker.load(record)
+        return queues
+
+    def _on_ready(self, **_: object) -> None:
+        log.info("worker ready", worker=self._name)
+        threading.Thread(target=self._every, args=(SWEEP_EVERY_S, self._sweep), name="sweeper", daemon=True).start()
+        threading.Thread(target=self._every, args=(LOOK_EVERY_S, self._look), name="look", daemon=True).start()
+
+    @staticmethod
+    def _every(seconds: float, action: object) -> None:
+        while True:
+            time.sleep(seconds)
+            try:
+                action() if callable(action) else None
+            except FarmError as error:
+                log.warning("will try again", error=str(error))
+
+    def _sweep(self) -> None:
+        wake_ups: dict[str, list[str]] = {}
+        for queue, ticket in self._ledger.sweep():
+            wake_ups.setdefault(queue, []).append(ticket)
+        for queue, tickets in wake_ups.items():
+            ring(self._celery, queue, tickets)
+
+    def _look(self) -> None:
+        """Serve checkpoints that were registered since."""
+        for queue in self._load_new():
+            self._celery.control.add_consumer(celery_queue(queue), destination=[self._name])
+
+    def _obey(self) -> None:
+        for line in sys.stdin:
+            order, _, rest = line.strip().partition(" ")
+            if order == "cancel":
+                self._worker.cancel(rest)
+            elif order == "drain":
+                threading.Thread(target=self._drain, args=(float(rest),), daemon=True).start()
+        os._exit(1)
+
+    def _drain(self, grace_s: float) -> None:
+        """Finish what fits in `grace_s` seconds, hand the rest back, and end."""
+        self._worker.stop_claiming()
+        deadline = time.monotonic() + grace_s
+        while self._worker.in_flight and time.monotonic() < deadline:
+            time.sleep(0.05)
+        if self._worker.in_flight:
+            self._worker.hand_back()
+        last = time.monotonic() + 2
+        while self._worker.in_flight and time.monotonic() < last:
+            time.sleep(0.02)
+        log.info("worker drained", worker=self._name, left=self._worker.in_flight)
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(1.5)
+        os._exit(0)
+
+
+def main() -> None:
+    """Parse what the supervisor passes and run."""
+    parser = argparse.ArgumentParser(prog="latentfarm_worker.process")
+    parser.add_argument("--name", required=True)
+    parser.add_argument("--vitals", type=Path, required=True)
+    parser.add_argument("--models", default="")
+    parser.add_argument("--data", type=Path)
+    arguments = parser.parse_args()
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        settings = Settings.load(arguments.data)
+        configure_logs(settings.log_level, settings.log_format)
+        vitals = Vitals(arguments.vitals)
+        models = frozenset(filter(None, arguments.models.split(",")))
+        WorkerProcess(settings, arguments.name, vitals, models).run()
+    except FarmError as error:
+        log.error("worker cannot start", error=str(error))
+        sys.exit(error.exit_code)
+
+
+if __name__ == "__main__":
+    main()

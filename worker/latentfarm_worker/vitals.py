@@ -1,0 +1,89 @@
+"""A worker's vital signs in a shared file: what it does, and a counter that grows while it does it.
+
+The worker process writes, its supervisor reads. A phase whose counter stands still past its limit means a hung
+device, so the supervisor stops beating and kills the process; a long hold of Python's lock loses nothing.
+"""
+
+from __future__ import annotations
+
+import mmap
+import struct
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+PHASES = ("importing", "loading", "idle", "encoding", "denoising", "decoding")
+STALL_LIMIT_S = {
+    "importing": 180.0,
+    "loading": 900.0,
+    "idle": float("inf"),
+    "encoding": 120.0,
+    "denoising": 120.0,
+    "decoding": 300.0,
+}
+_LAYOUT = struct.Struct("<BxxxIIIQ")
+_TEXT = 4096
+_SIZE = _LAYOUT.size + 4 + _TEXT
+
+
+@dataclass(frozen=True)
+class Signs:
+    """One reading: `loads` counts checkpoint loads since the start, `checkpoints` are the hashes ready to use."""
+
+    phase: str
+    slots: int
+    loads: int
+    embeddings: int
+    progress: int
+    checkpoints: tuple[str, ...]
+
+
+class Vitals:
+    """The shared file, open for writing in the worker and for reading in the supervisor."""
+
+    def __init__(self, path: Path, *, create: bool = False) -> None:
+        """Open the file, made anew if `create`."""
+        if create:
+            path.write_bytes(bytes(_SIZE))
+        with path.open("r+b") as file:
+            self._map = mmap.mmap(file.fileno(), _SIZE)
+        self._progress = 0
+        self._state = (0, 0, 0, 0)
+
+    def update(self, phase: str, slots: int, loads: int, embeddings: int) -> None:
+        """Write a reading; every call counts as progress."""
+        self._progress += 1
+        self._state = (PHASES.index(phase), slots, loads, embeddings)
+        _LAYOUT.pack_into(self._map, 0, *self._state, self._progress)
+
+    def beat(self, phase: str) -> None:
+        """Write a new phase and count progress."""
+        self.update(phase, *self._state[1:])
+
+    def advertise(self, checkpoints: list[str]) -> None:
+        """Write which checkpoints are ready."""
+        text = ",".join(checkpoints).encode()[:_TEXT]
+        self._map[_LAYOUT.size : _LAYOUT.size + 4 + len(text)] = struct.pack("<I", len(text)) + text
+
+    def read(self) -> Signs:
+        """Return the latest reading."""
+        phase, slots, loads, embeddings, progress = _LAYOUT.unpack_from(self._map, 0)
+        (length,) = struct.unpack_from("<I", self._map, _LAYOUT.size)
+        text = bytes(self._map[_LAYOUT.size + 4 : _LAYOUT.size + 4 + length]).decode()
+        return Signs(PHASES[phase], slots, loads, embeddings, progress, tuple(filter(None, text.split(","))))
+
+
+class StallWatch:
+    """Tells when a process has stood still in a phase for longer than the phase's limit."""
+
+    def __init__(self) -> None:
+        """Start watching now."""
+        self._seen = (-1, "")
+        self._since = time.monotonic()
+
+    def is_stalled(self, signs: Signs, now: float | None = None) -> bool:
+        """Take a reading into account; `now` is in seconds on a monotonic clock."""
+        now = time.monotonic() if now is None else now
+        if (signs.progress, signs.phase) != self._seen:
+            self._seen, self._since = (signs.progress, signs.phase), now
+        return now - self._since > STALL_LIMIT_S[signs.phase]
