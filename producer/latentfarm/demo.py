@@ -5,10 +5,12 @@ from __future__ import annotations
 import sys
 import tempfile
 import time
+from functools import partial
 from pathlib import Path
 
+from latentfarm_shared.ledger import JobStatus
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 
 from latentfarm.contact_sheet import contact_sheet
 from latentfarm.embedded.local import LocalFarm
@@ -58,9 +60,13 @@ def _follow(jobs: dict[str, Job], console: Console) -> None:
     with Progress(*columns, console=console) as bar:
         for name, job in jobs.items():
             task = bar.add_task(f"{name} embeddings", total=PER_ROW)
-            status = job.wait(TIMEOUT_S, lambda status, task=task: bar.update(task, completed=status.finished))
+            status = job.wait(TIMEOUT_S, partial(_show, bar, task))
             if status.state != "succeeded":
                 sys.exit(f"latentfarm: job {job.id} {status.state}")
+
+
+def _show(bar: Progress, task: TaskID, status: JobStatus) -> None:
+    bar.update(task, completed=status.finished)
 
 
 def _save(job: Job, output: Path, name: str) -> list[tuple[str, bytes]]:

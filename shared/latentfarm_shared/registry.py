@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 from urllib.parse import quote
 
 from redis import Redis
@@ -43,7 +44,8 @@ class Registry:
 
     def __init__(self, redis: Redis, store: ObjectStore) -> None:
         """Use these two; nothing is sent yet."""
-        self._redis, self._store = redis, store
+        self._redis: Any = redis  # see Ledger
+        self._store = store
 
     def add_embedding(self, file: EmbeddingFile, name: str | None = None) -> EmbeddingRecord:
         """Store an embedding under a name, by default its file's stem; the same name again replaces it."""

@@ -253,7 +253,7 @@ def _paint_portrait(canvas: _Canvas, rng: random.Random, girl: Portrait) -> None
     canvas.ellipse(-17, -20, 17, 15, hair)
     canvas.ellipse(-13, -11, 13, 16, SKIN)
     canvas.pie((-14.5, -18, 14.5, 9), 180, 360, hair)
-    for x in (-9, -3, 3, 9):
+    for x in (-9.0, -3.0, 3.0, 9.0):
         canvas.polygon([(x - 4, -5), (x + 4, -5), (x, -1)], hair)
     _paint_face(canvas, girl)
     if girl.headphones:
@@ -265,7 +265,7 @@ def _paint_portrait(canvas: _Canvas, rng: random.Random, girl: Portrait) -> None
 
 def _paint_face(canvas: _Canvas, girl: Portrait) -> None:
     iris = PALETTE[girl.eyes]
-    for x in (-6, 6):
+    for x in (-6.0, 6.0):
         canvas.ellipse(x - 3.7, -1, x + 3.7, 8.2, iris)
         canvas.ellipse(x - 0.2, 0.4, x + 2.2, 3.0, (255, 255, 255))
     if girl.blush:
@@ -279,7 +279,7 @@ def _paint_face(canvas: _Canvas, girl: Portrait) -> None:
 
 def _paint_horse(canvas: _Canvas, colour: RGB) -> None:
     dark: RGB = (70, 42, 24) if sum(colour) < 500 else (175, 175, 182)
-    for x in (-11, -6.5, 6.5, 11):
+    for x in (-11.0, -6.5, 6.5, 11.0):
         canvas.rectangle(x - 1.8, 2, x + 1.8, 18, colour)
     canvas.ellipse(-15, -6, 14, 8, colour)
     canvas.polygon([(6, 0), (12, 4), (21, -13), (14, -18)], colour)

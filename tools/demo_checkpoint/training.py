@@ -34,8 +34,8 @@ def to_images(pixels: Tensor) -> list[Image.Image]:
 def fast_group_norm() -> Iterator[None]:
     """Compute GroupNorm through the CPU's layer_norm kernel, which is much the faster in training."""
 
-    def forward(self: nn.GroupNorm, x: Tensor) -> Tensor:
-        x = x.contiguous()
+    def forward(self: nn.GroupNorm, input: Tensor) -> Tensor:  # noqa: A002 - GroupNorm's own name for it
+        x = input.contiguous()
         flat = x.view(x.shape[0] * self.num_groups, -1)
         normed = functional.layer_norm(flat, (flat.shape[1],), None, None, self.eps).view(x.shape)
         shape = (1, x.shape[1]) + (1,) * (x.dim() - 2)

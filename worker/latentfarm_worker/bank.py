@@ -3,20 +3,28 @@
 from __future__ import annotations
 
 import threading
+from typing import Protocol
 
 from latentfarm_shared.errors import RenderError
 from latentfarm_shared.records import EmbeddingRecord
-from latentfarm_shared.registry import Registry
 from safetensors.torch import load
 from torch import Tensor
+
+
+class TensorSource(Protocol):
+    """Where embeddings come from; the registry is one."""
+
+    def embedding_tensors(self, record: EmbeddingRecord) -> bytes:
+        """Return the normalised safetensors of an embedding."""
+        ...
 
 
 class EmbeddingBank:
     """Tensors by (content id, encoder), each `[vectors, width]` float32. Safe to share between threads."""
 
-    def __init__(self, registry: Registry) -> None:
-        """Fetch from this registry what is asked for and missing."""
-        self._registry = registry
+    def __init__(self, source: TensorSource) -> None:
+        """Fetch from this source what is asked for and missing."""
+        self._source = source
         self._tensors: dict[str, dict[str, Tensor]] = {}
         self._lock = threading.Lock()
 
@@ -28,7 +36,7 @@ class EmbeddingBank:
         """Fetch an embedding unless it is here."""
         if record.content_id in self._tensors:
             return
-        tensors = load(self._registry.embedding_tensors(record))
+        tensors = load(self._source.embedding_tensors(record))
         with self._lock:
             self._tensors[record.content_id] = tensors
 

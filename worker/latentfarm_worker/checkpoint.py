@@ -44,7 +44,8 @@ class Checkpoint:
         place: dict[str, Any] = {"torch_dtype": dtype}
         self.record, self._bank, self._device, self._dtype = record, bank, device, dtype
         self.tokenizer = ClipTokenizer(folder / "tokenizer/vocab.json", folder / "tokenizer/merges.txt")
-        self._text_encoder = CLIPTextModel.from_pretrained(folder / "text_encoder", dtype=dtype).to(device).eval()
+        text_encoder: Any = CLIPTextModel.from_pretrained(folder / "text_encoder", dtype=dtype)
+        self._text_encoder = text_encoder.to(device).eval()
         self._unet = UNet2DConditionModel.from_pretrained(folder / "unet", **place).to(device).eval()
         self._vae = AutoencoderKL.from_pretrained(folder / "vae", **place).to(device).eval()
         alphas = DDPMScheduler.from_pretrained(folder / "scheduler").alphas_cumprod

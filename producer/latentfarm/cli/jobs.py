@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import socket
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -161,16 +162,23 @@ def cancel(job: JobId, data: Data = None) -> None:
 
 
 @workers_app.command("ls")
-def list_workers(data: Data = None, as_json: Json = False) -> None:
+def list_workers(
+    here: Annotated[bool, typer.Option("--here", help="Only this machine's; exit 1 if none is ready.")] = False,
+    data: Data = None,
+    as_json: Json = False,
+) -> None:
     """List the workers that are alive."""
     farm = connect(data)
     names = {record.hash: record.name for record in farm.models.ls()}
+    workers = [w for w in farm.workers() if not here or w.host == socket.gethostname()]
     rows = []
-    for worker in farm.workers():
+    for worker in workers:
         row = worker.model_dump(mode="json")
         row["checkpoints"] = [names.get(checkpoint, checkpoint[:12]) for checkpoint in worker.checkpoints]
         rows.append(row)
     show(rows, as_json=as_json)
+    if here and not any(worker.checkpoints for worker in workers):
+        raise typer.Exit(1)
 
 
 def _size(text: str) -> tuple[int, int]:

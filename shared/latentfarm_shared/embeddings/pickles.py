@@ -7,7 +7,6 @@ stand-ins that record what they were given; any other global is refused by name,
 from __future__ import annotations
 
 import io
-import math
 import pickle
 import zipfile
 from dataclasses import dataclass
@@ -60,12 +59,14 @@ def widen_bfloat16(data: bytes) -> Array:
 def _rebuild_tensor(storage: Any, offset: Any, size: Any, stride: Any, *_ignored: Any) -> Array:
     if not isinstance(storage, _Storage):
         raise RefusedPickle("a tensor without storage")
-    shape, strides = tuple(map(int, size)), tuple(map(int, stride))
+    shape: tuple[int, ...] = tuple(map(int, size))
+    strides: tuple[int, ...] = tuple(map(int, stride))
+    count = int(np.prod(shape, dtype=np.int64))
     flat = widen_bfloat16(storage.data) if storage.dtype == "bf16" else np.frombuffer(storage.data, storage.dtype)
     if len(shape) != len(strides) or len(shape) > 4 or min(shape, default=0) < 0 or min(strides, default=0) < 0:
         raise RefusedPickle("a tensor whose shape makes no sense")
     last = int(offset) + sum((n - 1) * s for n, s in zip(shape, strides, strict=True))
-    if int(offset) < 0 or math.prod(shape) > len(flat) or (math.prod(shape) and last >= len(flat)):
+    if int(offset) < 0 or not 0 <= count <= len(flat) or (count and last >= len(flat)):
         raise RefusedPickle("a tensor that claims more values than the file holds")
     bytes_apart = tuple(s * flat.itemsize for s in strides)
     view = np.lib.stride_tricks.as_strided(flat[int(offset) :], shape, bytes_apart, writeable=False)

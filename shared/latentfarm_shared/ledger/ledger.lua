@@ -271,7 +271,7 @@ local function ring(_, a)
   local free = 0
   for _, worker in ipairs(redis.call('ZRANGEBYSCORE', 'lf:workers', at - 10000, '+inf')) do
     local f = redis.call('HMGET', 'lf:worker:' .. worker, 'slots', 'checkpoints', 'draining')
-    if f[1] and string.find(',' .. f[2] .. ',', ',' .. checkpoint .. ',', 1, true) and f[3] ~= '1' then
+    if f[1] and f[2] and string.find(',' .. f[2] .. ',', ',' .. checkpoint .. ',', 1, true) and f[3] ~= '1' then
       free = free + math.max(0, f[1] - redis.call('SCARD', 'lf:worker:' .. worker .. ':claims'))
     end
   end

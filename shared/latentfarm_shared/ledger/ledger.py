@@ -65,9 +65,10 @@ class WorkerStatus(BaseModel):
 class Ledger:
     """The farm's truth. Safe to share between threads."""
 
-    def __init__(self, client: redis.Redis) -> None:
-        """Use this client; nothing is sent yet."""
-        self.redis = client
+    def __init__(self, client: redis.Redis, lease_ms: int = LEASE_MS, wake_up_stale_ms: int = WAKE_UP_STALE_MS) -> None:
+        """Use this client; nothing is sent yet. A wake-up unanswered for `wake_up_stale_ms` counts as lost."""
+        self.redis: Any = client  # redis-py annotates answers as bytes, str and more at once; ours are bytes
+        self._lease_ms, self._stale_ms = lease_ms, wake_up_stale_ms
         script = files(__package__).joinpath("ledger.lua").read_text(encoding="utf-8")
         self._script = client.register_script(script)
 
@@ -95,7 +96,7 @@ class Ledger:
 
     def claim(self, worker: str, queues: Sequence[str]) -> Claim | None:
         """Take the most urgent image of `queues`, which stand in order of urgency."""
-        found = self._call("claim", worker, LEASE_MS, *queues)
+        found = self._call("claim", worker, self._lease_ms, *queues)
         if not found:
             return None
         job, index, token, spec, lock = found
@@ -121,7 +122,7 @@ class Ledger:
     def beat(self, worker: str, fields: dict[str, str | int]) -> list[str]:
         """Extend the worker's leases; return the claims whose jobs were canceled."""
         flat = [item for pair in fields.items() for item in pair]
-        return [member.decode() for member in self._call("beat", worker, LEASE_MS, *flat)]
+        return [member.decode() for member in self._call("beat", worker, self._lease_ms, *flat)]
 
     def leave(self, worker: str) -> None:
         """Take a worker off the list."""
@@ -131,7 +132,7 @@ class Ledger:
         """Take back what dead workers held; return the wake-ups (queue, ticket) that are missing."""
         with translated():
             run_id = self.redis.info("server")["run_id"]
-        self._call("epoch", run_id, LEASE_MS)
+        self._call("epoch", run_id, self._lease_ms)
         while self._call("expire", 100) == 100:
             pass
         with translated():
@@ -140,7 +141,7 @@ class Ledger:
 
     def ring(self, queue: str) -> list[str]:
         """Return the tickets of the wake-ups to send to a queue now."""
-        return [ticket.decode() for ticket in self._call("ring", queue, WAKE_UP_STALE_MS)]
+        return [ticket.decode() for ticket in self._call("ring", queue, self._stale_ms)]
 
     def answered(self, queue: str, ticket: str) -> None:
         """Note that a wake-up arrived."""

@@ -1,0 +1,72 @@
+"""Fixtures for all floors: reference data, real servers, small records."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from latentfarm.embedded.local import LocalFarm
+from latentfarm_demo import CHECKPOINT
+from latentfarm_shared.prompts.tokens import ClipTokenizer
+from latentfarm_shared.records import BlobFile, CheckpointRecord, EmbeddingRecord
+
+REFERENCE = Path(__file__).parents[2] / "shared"
+
+
+def reference(*parts: str) -> Path:
+    """Return a reference file; without it the test skips on a laptop and fails in CI."""
+    path = REFERENCE.joinpath(*parts)
+    if not path.exists():
+        if os.environ.get("CI"):
+            pytest.fail(f"reference data {'/'.join(parts)} is missing")
+        pytest.skip("reference data is not here")
+    return path
+
+
+def vectors(name: str) -> Any:
+    """Return one of the reference tables."""
+    return json.loads(reference("vectors", "a1111", name).read_text(encoding="utf-8"))
+
+
+@pytest.fixture(scope="session")
+def clip_tokenizer() -> ClipTokenizer:
+    return ClipTokenizer(reference("clip_tokenizer", "vocab.json"), reference("clip_tokenizer", "merges.txt"))
+
+
+@pytest.fixture(scope="session")
+def demo_tokenizer() -> ClipTokenizer:
+    return ClipTokenizer(CHECKPOINT / "tokenizer" / "vocab.json", CHECKPOINT / "tokenizer" / "merges.txt")
+
+
+def embedding(name: str, vectors: int = 2, width: int = 128, encoder: str = "clip_l") -> EmbeddingRecord:
+    """Return a record of an embedding that exists in name only."""
+    return EmbeddingRecord(
+        name=name,
+        content_id=f"content-{name}",
+        file_sha256="0123456789abcdef" * 4,
+        vectors=vectors,
+        widths={encoder: width},
+        layout="a1111",
+    )
+
+
+def checkpoint(name: str = "demo", width: int = 128) -> CheckpointRecord:
+    """Return a record of a checkpoint that exists in name only."""
+    return CheckpointRecord(
+        name=name,
+        family=name,
+        widths={"clip_l": width},
+        prediction_type="epsilon",
+        files=(BlobFile(path="unet/diffusion_pytorch_model.safetensors", sha256="f" * 64, size=1),),
+    )
+
+
+@pytest.fixture(scope="session")
+def servers(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
+    """A farm of real servers and no workers."""
+    with LocalFarm(tmp_path_factory.mktemp("servers"), workers=0) as local:
+        yield local.farm

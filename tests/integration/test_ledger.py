@@ -1,0 +1,277 @@
+"""The ledger on a real Valkey."""
+
+import secrets
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+from latentfarm.farm import Farm
+from latentfarm_shared.errors import Unavailable, UnknownName
+from latentfarm_shared.ledger import Claim, Ledger
+from latentfarm_shared.ledger.ledger import queue_name
+from latentfarm_shared.records import Lock
+from latentfarm_shared.settings import Settings
+from latentfarm_shared.specs import JobSpec
+
+from tests.conftest import checkpoint
+
+RECORD = checkpoint()
+QUEUE = queue_name("interactive", RECORD.hash)
+BATCH_QUEUE = queue_name("batch", RECORD.hash)
+QUEUES = (QUEUE, BATCH_QUEUE)
+
+
+@pytest.fixture
+def ledger(servers: Farm) -> Iterator[Ledger]:
+    servers.ledger.redis.flushdb()
+    servers.ledger.sweep()
+    yield servers.ledger
+    servers.ledger.redis.flushdb()
+
+
+def submit(ledger: Ledger, count: int = 3, **values: Any) -> str:
+    job = secrets.token_hex(8)
+    ledger.submit(job, JobSpec(prompt="a", seed=1, count=count, **values), Lock(checkpoint=RECORD))
+    return job
+
+
+def claim(ledger: Ledger, worker: str = "w1") -> Claim:
+    found = ledger.claim(worker, QUEUES)
+    assert found is not None
+    return found
+
+
+def end_leases(ledger: Ledger, of: str = "") -> None:
+    """Put the end of every lease, or of those whose member ends so, into the past."""
+    members: list[bytes] = ledger.redis.zrange("lf:leases", 0, -1)
+    for member in members:
+        if member.decode().endswith(of):
+            ledger.redis.zadd("lf:leases", {member: 1})
+
+
+def lapse(ledger: Ledger) -> None:
+    """Let every lease end now."""
+    end_leases(ledger)
+    ledger.sweep()
+
+
+def waiting(ledger: Ledger) -> int:
+    return int(ledger.redis.get(f"lf:count:{QUEUE}") or 0)
+
+
+def test_images_are_handed_out_once_and_counted(ledger: Ledger) -> None:
+    job = submit(ledger)
+    claims = [claim(ledger) for _ in range(3)]
+
+    assert [c.index for c in claims] == [0, 1, 2]
+    assert ledger.claim("w2", QUEUES) is None
+    assert ledger.status(job).counts["running"] == 3
+    assert all(ledger.succeed(c, "w1") for c in claims)
+    status = ledger.status(job)
+    assert (status.state, status.counts["succeeded"], status.is_final) == ("succeeded", 3, True)
+    assert ledger.image_states(job, 0, 3) == ["succeeded"] * 3
+
+
+def test_submitting_again_changes_nothing(ledger: Ledger) -> None:
+    job = submit(ledger)
+    again = ledger.submit(job, JobSpec(prompt="other", seed=9, count=50), Lock(checkpoint=RECORD))
+
+    assert not again
+    assert ledger.status(job).total == 3
+    assert waiting(ledger) == 3
+
+
+def test_job_with_a_failed_image_is_failed_and_tells_why(ledger: Ledger) -> None:
+    job = submit(ledger, 2)
+    ledger.succeed(claim(ledger), "w1")
+    ledger.fail(claim(ledger), "w1", "RENDER_FAILED", "why")
+
+    assert ledger.status(job).state == "failed"
+    assert ledger.image_error(job, 1) == {"code": "RENDER_FAILED", "message": "why", "worker": "w1"}
+    assert ledger.image_error(job, 0) is None
+
+
+def test_interactive_goes_before_batch(ledger: Ledger) -> None:
+    submit(ledger, lane="batch")
+    urgent = submit(ledger, 1)
+
+    assert claim(ledger).job == urgent
+
+
+def test_older_job_goes_first(ledger: Ledger) -> None:
+    first, second = submit(ledger, 1), submit(ledger, 1)
+
+    assert [claim(ledger).job, claim(ledger).job] == [first, second]
+
+
+def test_released_image_runs_again_without_a_mark(ledger: Ledger) -> None:
+    job = submit(ledger, 2)
+    first, second = claim(ledger), claim(ledger)
+
+    assert ledger.release(first, "w1")
+    assert waiting(ledger) == 1
+    again = claim(ledger, "w2")
+    assert (again.index, again.token != first.token) == (0, True)
+    assert ledger.succeed(again, "w2")
+    assert ledger.succeed(second, "w1")
+    assert ledger.status(job).state == "succeeded"
+
+
+def test_worker_that_lost_its_lease_cannot_publish(ledger: Ledger) -> None:
+    job = submit(ledger, 1)
+    lost = claim(ledger, "dead")
+    lapse(ledger)
+    held = claim(ledger, "alive")
+
+    assert not ledger.succeed(lost, "dead")
+    assert not ledger.fail(lost, "dead", "X", "x")
+    assert not ledger.release(lost, "dead")
+    assert ledger.succeed(held, "alive")
+    assert ledger.status(job).counts["succeeded"] == 1
+
+
+def test_beat_keeps_leases_and_silence_ends_them(ledger: Ledger) -> None:
+    ledger = Ledger(ledger.redis, lease_ms=300)
+    job = submit(ledger, 1)
+    claim(ledger)
+    for _ in range(3):
+        time.sleep(0.15)
+        ledger.beat("w1", {"slots": 1})
+        ledger.sweep()
+    assert ledger.status(job).counts["running"] == 1
+
+    time.sleep(0.4)
+    ledger.sweep()
+
+    assert ledger.status(job).counts["queued"] == 1
+
+
+def test_suspect_runs_alone(ledger: Ledger) -> None:
+    submit(ledger, 4)
+    claim(ledger, "dead")
+    lapse(ledger)
+    kept = claim(ledger, "fresh")
+    assert kept.index == 0
+    assert ledger.claim("fresh", QUEUES) is None
+    assert ledger.succeed(kept, "fresh")
+
+    others = [claim(ledger, "fresh").index for _ in range(3)]
+
+    assert others == [1, 2, 3]
+
+
+def test_busy_worker_frees_itself_for_a_suspect(ledger: Ledger) -> None:
+    submit(ledger, 3)
+    claim(ledger, "dead")
+    mine = claim(ledger, "busy")
+    end_leases(ledger, of="/0")
+    ledger.sweep()
+
+    assert ledger.claim("busy", QUEUES) is None
+    ledger.succeed(mine, "busy")
+    assert claim(ledger, "busy").index == 0
+
+
+def test_only_the_poison_among_innocents_is_quarantined(ledger: Ledger) -> None:
+    job = submit(ledger, 8)
+    for number in range(8):
+        assert claim(ledger, "together").index == number
+    lapse(ledger)
+    for _ in range(30):
+        found = ledger.claim("w", QUEUES)
+        if found is None:
+            break
+        if found.index == 5:
+            lapse(ledger)
+        else:
+            ledger.succeed(found, "w")
+
+    status = ledger.status(job)
+    assert (status.counts["succeeded"], status.counts["failed"], status.state) == (7, 1, "failed")
+    error = ledger.image_error(job, 5)
+    assert error is not None
+    assert error["code"] == "QUARANTINED"
+
+
+def test_cancel_stops_what_waits_and_tells_who_renders(ledger: Ledger) -> None:
+    job = submit(ledger, 5)
+    held, other = claim(ledger), claim(ledger)
+    ledger.cancel(job)
+
+    assert sorted(ledger.beat("w1", {"slots": 2})) == sorted([held.member, other.member])
+    assert ledger.claim("w1", QUEUES) is None
+    assert ledger.release(held, "w1")
+    assert ledger.succeed(other, "w1")
+    status = ledger.status(job)
+    assert status.counts == {
+        "queued": 0, "running": 0, "succeeded": 1, "failed": 0, "canceled": 4, "expired": 0
+    }  # fmt: skip
+    assert (status.state, status.is_final, waiting(ledger)) == ("canceled", True, 0)
+    assert ledger.image_states(job, 0, 5) == ["canceled", "succeeded", "canceled", "canceled", "canceled"]
+
+
+def test_wake_ups_are_as_many_as_images_or_free_slots(ledger: Ledger) -> None:
+    submit(ledger, 10)
+    assert ledger.ring(QUEUE) == []
+    ledger.beat("w1", {"slots": 4, "checkpoints": RECORD.hash, "draining": 0})
+    ledger.beat("w2", {"slots": 9, "checkpoints": "other", "draining": 0})
+    ledger.beat("w3", {"slots": 9, "checkpoints": RECORD.hash, "draining": 1})
+
+    tickets = ledger.ring(QUEUE)
+
+    assert len(tickets) == 4
+    assert ledger.ring(QUEUE) == []
+    ledger.answered(QUEUE, tickets[0])
+    assert len(ledger.ring(QUEUE)) == 1
+
+
+def test_lost_wake_up_is_rung_again(ledger: Ledger) -> None:
+    ledger = Ledger(ledger.redis, wake_up_stale_ms=50)
+    submit(ledger, 1)
+    ledger.beat("w1", {"slots": 4, "checkpoints": RECORD.hash, "draining": 0})
+    assert len(ledger.sweep()) == 1
+
+    time.sleep(0.1)
+
+    assert len(ledger.sweep()) == 1
+
+
+def test_leases_get_a_fresh_period_after_the_server_was_away(ledger: Ledger) -> None:
+    job = submit(ledger, 1)
+    claim(ledger)
+    ledger.sweep()
+    ledger.redis.hset("lf:epoch", "run_id", "another server")
+    end_leases(ledger)
+
+    ledger.sweep()
+
+    assert ledger.status(job).counts["running"] == 1
+
+
+def test_transitions_do_not_grow_with_the_job(ledger: Ledger) -> None:
+    job = submit(ledger, 1_000_000)
+    before = ledger.redis.info("memory")["used_memory"]
+    found = claim(ledger)
+    ledger.succeed(found, "w1")
+
+    assert ledger.status(job).counts["queued"] == 999_999
+    assert ledger.redis.info("memory")["used_memory"] - before < 2_000_000
+
+
+def test_unknown_job_is_an_error_not_a_state(ledger: Ledger) -> None:
+    with pytest.raises(UnknownName):
+        ledger.status("nope")
+    with pytest.raises(UnknownName):
+        ledger.cancel("nope")
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [({"redis_password": "wrong"}, "denied"), ({"redis_url": "redis://127.0.0.1:1/0"}, "no answer")],
+)
+def test_redis_trouble_is_one_sentence(servers: Farm, change: dict[str, str], says: str) -> None:
+    settings: Settings = servers.settings.model_copy(update=change)
+
+    with pytest.raises(Unavailable, match=says):
+        Ledger.connect(settings).check()

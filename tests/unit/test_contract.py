@@ -1,0 +1,104 @@
+import pytest
+from latentfarm_shared.errors import EmbeddingRefused, InvalidField, UnknownName
+from latentfarm_shared.prompts.contract import Settled, edit_distance, settle
+from latentfarm_shared.prompts.tokens import ClipTokenizer
+from latentfarm_shared.records import EmbeddingRecord
+from latentfarm_shared.specs import EmbeddingUse, JobSpec
+
+from tests.conftest import checkpoint, embedding
+
+KNOWN = {
+    record.name.lower(): record
+    for record in (
+        embedding("corneo_dva", 10),
+        embedding("16-token-demo-neg", 16),
+        embedding("EasyNegative", 8, 768),
+        embedding("bad-artist"),
+        embedding("bad-artist-anime"),
+        embedding("girl (alt)"),
+    )
+}
+
+
+def settled(tokenizer: ClipTokenizer, prompt: str, negative: str = "", *uses: str) -> Settled:
+    spec = JobSpec(prompt=prompt, negative_prompt=negative, embeddings=tuple(EmbeddingUse.parse(u) for u in uses))
+    return settle(spec, checkpoint(), KNOWN, tokenizer)
+
+
+def names(records: tuple[EmbeddingRecord, ...]) -> list[str]:
+    return [record.name for record in records]
+
+
+@pytest.mark.parametrize(
+    "prompt",
+    [
+        "masterpiece, corneo_dva",
+        "CORNEO_DVA",
+        "(corneo_dva:1.2)",
+        "[corneo_dva]",
+        "a corneo_dva, b",
+        "embedding:corneo_dva, b",
+        "(embedding:corneo_dva:1.2)",
+        "<corneo_dva>",
+        "<Corneo_DVA> on the moon",
+    ],
+)
+def test_name_in_the_prompt_is_the_embedding(demo_tokenizer: ClipTokenizer, prompt: str) -> None:
+    assert names(settled(demo_tokenizer, prompt).embeddings) == ["corneo_dva"]
+
+
+def test_explicit_request_is_added_to_its_prompt(demo_tokenizer: ClipTokenizer) -> None:
+    result = settled(demo_tokenizer, "masterpiece", "", "corneo_dva", "16-token-demo-neg:neg")
+
+    assert result.spec.prompt == "masterpiece, corneo_dva"
+    assert result.spec.negative_prompt == "16-token-demo-neg"
+    assert names(result.embeddings) == ["corneo_dva", "16-token-demo-neg"]
+
+
+def test_explicit_request_already_in_the_prompt_is_not_doubled(demo_tokenizer: ClipTokenizer) -> None:
+    assert settled(demo_tokenizer, "a, corneo_dva", "", "corneo_dva").spec.prompt == "a, corneo_dva"
+
+
+def test_name_with_brackets_is_escaped_when_added(demo_tokenizer: ClipTokenizer) -> None:
+    result = settled(demo_tokenizer, "a", "", "girl (alt)")
+
+    assert result.spec.prompt == r"a, girl \(alt\)"
+    assert names(result.embeddings) == ["girl (alt)"]
+
+
+def test_longest_name_wins(demo_tokenizer: ClipTokenizer) -> None:
+    assert names(settled(demo_tokenizer, "bad-artist-anime").embeddings) == ["bad-artist-anime"]
+
+
+@pytest.mark.parametrize("prompt", ["corneo_dv", "corneo-dva", "corneo_dvaa", "bad-artis"])
+def test_misspelt_name_is_refused_with_a_suggestion(demo_tokenizer: ClipTokenizer, prompt: str) -> None:
+    with pytest.raises(UnknownName) as caught:
+        settled(demo_tokenizer, f"masterpiece, {prompt}, smile")
+
+    assert caught.value.suggestions
+
+
+@pytest.mark.parametrize("prompt", ["an astronaut riding a horse, 8k uhd", "1girl, sci-fi", "artist", "中文 提示", ""])
+def test_plain_words_stay_text(demo_tokenizer: ClipTokenizer, prompt: str) -> None:
+    assert settled(demo_tokenizer, prompt).embeddings == ()
+
+
+@pytest.mark.parametrize("prompt", ["embedding:nosuch", "<nosuch>"])
+def test_explicit_form_must_exist(demo_tokenizer: ClipTokenizer, prompt: str) -> None:
+    with pytest.raises(UnknownName, match="nosuch"):
+        settled(demo_tokenizer, prompt)
+
+
+def test_wrong_family_is_refused_with_both_widths(demo_tokenizer: ClipTokenizer) -> None:
+    with pytest.raises(EmbeddingRefused, match=r"768.*128"):
+        settled(demo_tokenizer, "a, EasyNegative")
+
+
+def test_lora_is_refused_by_name(demo_tokenizer: ClipTokenizer) -> None:
+    with pytest.raises(InvalidField, match="lora"):
+        settled(demo_tokenizer, "a <lora:x:1>")
+
+
+@pytest.mark.parametrize(("left", "right", "distance"), [("", "ab", 2), ("kitten", "sitting", 3), ("a", "a", 0)])
+def test_edit_distance(left: str, right: str, distance: int) -> None:
+    assert edit_distance(left, right) == distance

@@ -1,0 +1,153 @@
+import io
+import json
+import pickle
+import struct
+import zipfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from latentfarm_shared.embeddings.files import parse_embedding, read_embedding
+from latentfarm_shared.errors import UnreadableFile
+from safetensors.numpy import save as save_safetensors
+
+from tests.conftest import reference
+
+ROWS = torch.arange(3 * 8, dtype=torch.float32).reshape(3, 8) / 7
+
+
+def torch_bytes(content: object) -> bytes:
+    buffer = io.BytesIO()
+    torch.save(content, buffer)
+    return buffer.getvalue()
+
+
+def a1111(rows: torch.Tensor) -> dict[str, object]:
+    return {"string_to_token": {"*": 265}, "string_to_param": {"*": rows}, "name": "inner", "step": 7}
+
+
+@pytest.mark.parametrize(
+    ("content", "layout"),
+    [
+        (torch_bytes(a1111(ROWS)), "a1111"),
+        (torch_bytes(a1111(torch.nn.Parameter(ROWS))), "a1111"),
+        (torch_bytes(a1111(ROWS.T.contiguous().T)), "a1111"),
+        (torch_bytes({"<my-cat>": ROWS}), "diffusers"),
+        (torch_bytes({"emb_params": ROWS}), "kohya"),
+        (save_safetensors({"emb_params": ROWS.numpy()}), "kohya"),
+        (save_safetensors({"<my-cat>": ROWS.numpy()}), "diffusers"),
+        (save_safetensors({"clip_l": ROWS.numpy(), "clip_l_out": ROWS.numpy()}), "clip_l"),
+    ],
+)
+def test_same_tensors_in_any_container_are_one_embedding(content: bytes, layout: str) -> None:
+    expected = parse_embedding(save_safetensors({"emb_params": ROWS.numpy()}), "x.safetensors")
+
+    found = parse_embedding(content, "some name.pt")
+
+    assert found.layout == layout
+    assert found.stem == "some name"
+    assert found.content_id == expected.content_id
+    assert np.array_equal(found.tensors["clip_l"], ROWS.numpy())
+
+
+def test_half_and_bfloat16_are_widened() -> None:
+    for dtype in (torch.float16, torch.bfloat16):
+        found = parse_embedding(torch_bytes({"emb_params": ROWS.to(dtype)}), "x.pt")
+        assert np.array_equal(found.tensors["clip_l"], ROWS.to(dtype).float().numpy())
+
+
+def test_original_layout_with_a_parameter_dict_is_read() -> None:
+    content = {"string_to_token": {"*": torch.tensor(265)}, "string_to_param": torch.nn.ParameterDict({"*": ROWS})}
+
+    assert parse_embedding(torch_bytes(content), "old.pt").vectors == 3
+
+
+def test_sdxl_pair_has_both_encoders() -> None:
+    pair = {"clip_l": np.ones((2, 768), np.float32), "clip_g": np.ones((2, 1280), np.float32)}
+
+    assert parse_embedding(save_safetensors(pair), "xl.safetensors").widths == {"clip_l": 768, "clip_g": 1280}
+
+
+@pytest.mark.parametrize(
+    ("data", "says"),
+    [
+        (b"", "empty"),
+        (b"version https://git-lfs.github.com/spec/v1\n", "LFS"),
+        (b"<!doctype html><html>", "web page"),
+        (b'{"error": "not found"}', "JSON"),
+        (b"\x89PNG\r\n\x1a\n", "picture"),
+        (b"PK\x03\x04 broken", "damaged"),
+        (b"random bytes that are no tensor file", "neither"),
+        (save_safetensors({}), "no named tensors"),
+        (save_safetensors({"emb_params": np.full((1, 8), np.nan, np.float32)}), "finite"),
+        (save_safetensors({"a": np.ones((1, 8), np.float32), "b": np.ones((1, 8), np.float32)}), "2 tensors"),
+        (save_safetensors({"emb_params": np.ones((600, 8), np.float32)}), "600 vectors"),
+        (torch_bytes({}), "no named tensors"),
+    ],
+)
+def test_junk_is_refused_with_what_it_is(data: bytes, says: str) -> None:
+    with pytest.raises(UnreadableFile, match=says):
+        parse_embedding(data, "junk.pt")
+
+
+class _Runs:
+    def __reduce__(self) -> tuple[object, tuple[str]]:
+        return print, ("this must never appear",)
+
+
+def test_pickle_with_code_is_refused_and_not_run(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(UnreadableFile, match="print"):
+        parse_embedding(torch_bytes({"string_to_param": _Runs()}), "evil.pt")
+
+    assert "never appear" not in capsys.readouterr().out
+
+
+def test_tensor_that_claims_more_than_the_file_holds_is_refused() -> None:
+    stretched = torch.zeros(1).expand(100_000, 768)
+
+    with pytest.raises(UnreadableFile):
+        parse_embedding(torch_bytes({"emb_params": stretched}), "stride-bomb.pt")
+
+
+def test_zip_bomb_is_refused() -> None:
+    buffer = io.BytesIO()
+    with zipfile.ZipFile(buffer, "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("archive/data.pkl", pickle.dumps({}))
+        archive.writestr("archive/data/0", bytes(64 * 2**20))
+
+    with pytest.raises(UnreadableFile, match="unpacks"):
+        parse_embedding(buffer.getvalue(), "bomb.pt")
+
+
+def test_safetensors_header_that_lies_is_refused() -> None:
+    header = json.dumps({"a": {"dtype": "F32", "shape": [4, 4], "data_offsets": [0, 64]}}).encode()
+
+    with pytest.raises(UnreadableFile, match="damaged"):
+        parse_embedding(struct.pack("<Q", len(header)) + header + bytes(8), "short.safetensors")
+
+
+def test_missing_file_is_named(tmp_path: Path) -> None:
+    with pytest.raises(UnreadableFile, match=r"none\.pt"):
+        read_embedding(tmp_path / "none.pt")
+
+
+@pytest.mark.parametrize(
+    ("name", "vectors", "width", "ti_hash"),
+    [
+        ("EasyNegative.safetensors", 8, 768, "c74b4e810b03"),
+        ("EasyNegative.pt", 8, 768, "66a7279a88dd"),
+        ("badhandv4.pt", 6, 768, "5e40d722fc3d"),
+        ("ng_deepnegative_v1_75t.pt", 75, 768, "54e7e4826d53"),
+        ("bad-image-v2-39000.pt", 4, 768, None),
+        ("gasai yuno-15200.pt", 8, 768, None),
+        ("learned_embeds.cat-toy.bin", 1, 768, None),
+        ("nfixer.pt", 15, 1024, None),
+    ],
+)
+def test_real_file_is_read(name: str, vectors: int, width: int, ti_hash: str | None) -> None:
+    found = read_embedding(reference("embeddings", name))
+
+    assert found.vectors == vectors
+    assert set(found.widths.values()) == {width}
+    assert ti_hash in (None, found.record().ti_hash)
