@@ -42,7 +42,8 @@ def test_generate_renders_uploads_and_downloads(farm: Up, tmp_path: Path) -> Non
     assert images[0]["embeddings"] == ["corneo_dva"]
     files = sorted(tmp_path.iterdir())
     assert [f.name for f in files] == ["00000-43.png", "00001-44.png"]
-    assert Image.open(files[0]).info["parameters"] == images[0]["parameters"]
+    with Image.open(files[0]) as picture:
+        assert picture.info["parameters"] == images[0]["parameters"]
     assert "TI hashes: " in images[0]["parameters"]
     status = farm.json("jobs", "show", job)
     assert status["counts"] == {

@@ -16,6 +16,7 @@ KNOWN = {
         embedding("bad-artist"),
         embedding("bad-artist-anime"),
         embedding("girl (alt)"),
+        embedding("gasai yuno-15200"),
     )
 }
 
@@ -41,10 +42,15 @@ def names(records: tuple[EmbeddingRecord, ...]) -> list[str]:
         "(embedding:corneo_dva:1.2)",
         "<corneo_dva>",
         "<Corneo_DVA> on the moon",
+        "(corneo_dva, smile:1.1) xcorneo_dva",
     ],
 )
 def test_name_in_the_prompt_is_the_embedding(demo_tokenizer: ClipTokenizer, prompt: str) -> None:
     assert names(settled(demo_tokenizer, prompt).embeddings) == ["corneo_dva"]
+
+
+def test_name_with_a_space_is_no_misspelling_of_itself(demo_tokenizer: ClipTokenizer) -> None:
+    assert names(settled(demo_tokenizer, "Gasai Yuno-15200, smile").embeddings) == ["gasai yuno-15200"]
 
 
 def test_explicit_request_is_added_to_its_prompt(demo_tokenizer: ClipTokenizer) -> None:

@@ -96,12 +96,19 @@ def _refuse_misfit(record: EmbeddingRecord, checkpoint: CheckpointRecord) -> Non
 
 def _refuse_near_misses(prompt: str, matcher: NameMatcher, known: Mapping[str, EmbeddingRecord]) -> None:
     for segment in parse_attention(prompt):
-        for word in _WORDS.findall(segment.text):
-            if not _CODE_LIKE.search(word) or any(isinstance(item, Mention) for item in matcher.split(word)):
-                continue
-            near = _within_two_edits(word.lower(), known)
+        text = segment.text
+        for item in matcher.split(text):
+            if isinstance(item, Mention):
+                text = _written(item.embedding.name).sub(" ", text)
+        for word in _WORDS.findall(text):
+            near = _within_two_edits(word.lower(), known) if _CODE_LIKE.search(word) else ()
             if near:
                 raise UnknownName("embedding", word, near)
+
+
+def _written(name: str) -> re.Pattern[str]:
+    """Match a name as prompts may write it: in any case, with or without spaces between its parts."""
+    return re.compile(r"\s*".join(re.escape(c) for c in name if not c.isspace()), re.IGNORECASE)
 
 
 def _within_two_edits(word: str, names: Iterable[str]) -> tuple[str, ...]:
