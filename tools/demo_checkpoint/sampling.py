@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Generator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 from latentfarm_shared.embeddings.files import EmbeddingFile, read_embedding
@@ -13,9 +13,12 @@ from latentfarm_shared.records import CheckpointRecord, EmbeddingRecord, Lock
 from latentfarm_shared.specs import ImageSpec, JobSpec
 from latentfarm_worker.bank import EmbeddingBank
 from latentfarm_worker.checkpoint import Checkpoint
-from latentfarm_worker.operations import Decode, Denoise, Encode, Operation
+from latentfarm_worker.operations import Conditioning, Decode, Denoise, Encode, Operation
 from latentfarm_worker.renders import Render, RenderRequest, txt2img
+from latentfarm_worker.samplers import euler
+from latentfarm_worker.schedules import NoiseModel, sigmas_for
 from PIL import Image
+from torch.nn import functional
 
 BATCH = 16
 
@@ -31,6 +34,41 @@ class Wish:
     sampler: str = "Euler"
     steps: int = 20
     size: int = 128
+    hires: bool = False
+
+
+def hires_fix(request: RenderRequest, noise_model: NoiseModel, strength: float = 0.5) -> Render:
+    """Render, double the latent's edges (bilinear), and go on from fresh noise over the last half of a schedule.
+
+    A1111's latent hires fix: of `steps / strength` sigmas the last `steps` are walked. Returns pixels of twice the size.
+    """
+    job = request.image.job
+    positive: Conditioning = yield Encode(request.positive, job.clip_skip)
+    negative: Conditioning = yield Encode(request.negative, job.clip_skip)
+    shape = (4, job.height // 8, job.width // 8)
+    first = torch.randn(shape, generator=torch.Generator("cpu").manual_seed(request.image.seed))
+    sigmas = sigmas_for("Uniform", noise_model, job.steps)
+    latent = yield from _walk(first * sigmas[0], sigmas, positive, negative, job.cfg_scale)
+    large = functional.interpolate(latent[None], scale_factor=2, mode="bilinear", antialias=False)[0]
+    again = torch.randn(large.shape, generator=torch.Generator("cpu").manual_seed(request.image.seed))
+    tail = sigmas_for("Uniform", noise_model, int(job.steps / strength))[-job.steps - 1 :]
+    latent = yield from _walk(large + again * tail[0], tail, positive, negative, job.cfg_scale)
+    pixels: torch.Tensor = yield Decode(latent)
+    return pixels
+
+
+def _walk(
+    latent: torch.Tensor, sigmas: list[float], positive: Conditioning, negative: Conditioning, cfg_scale: float
+) -> Generator[Operation, Any, torch.Tensor]:
+    steps = euler(latent, sigmas, lambda: torch.zeros(()))
+    latent, sigma = next(steps)
+    while True:
+        denoised = yield Denoise(latent, sigma, positive, negative, cfg_scale)
+        try:
+            latent, sigma = steps.send(denoised)
+        except StopIteration as finished:
+            final: torch.Tensor = finished.value
+            return final
 
 
 @dataclass
@@ -95,7 +133,8 @@ class Studio:
             height=wish.size,
         )
         image = ImageSpec(index=0, seed=wish.seed, job=spec)
-        return txt2img(RenderRequest.build(image, self.lock, self.checkpoint.tokenizer), self.checkpoint.noise)
+        request = RenderRequest.build(image, self.lock, self.checkpoint.tokenizer)
+        return (hires_fix if wish.hires else txt2img)(request, self.checkpoint.noise)
 
     def _execute(self, group: Sequence[Operation]) -> Sequence[object]:
         if isinstance(group[0], Encode):
@@ -103,17 +142,6 @@ class Studio:
         if isinstance(group[0], Denoise):
             return self.checkpoint.denoise([item for item in group if isinstance(item, Denoise)])
         return self.checkpoint.decode([item for item in group if isinstance(item, Decode)])
-
-
-@contextmanager
-def threads(count: int) -> Iterator[None]:
-    """Use so many threads for a while."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(count)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
 
 
 def grid(images: Sequence[Image.Image], columns: int) -> Image.Image:
