@@ -43,7 +43,8 @@ class BlobFile(_Record):
 class CheckpointRecord(_Record):
     """What a submission needs to know of a checkpoint; workers fetch the files by hash.
 
-    `source` is `s3` when the files lie in the farm's store, else the hub id (`hub:owner/name@revision`).
+    `source` is `s3` when all files lie in the farm's store; of a hub's checkpoint (`hub:owner/name@commit`) the large
+    ones stay at the hub, pinned by commit and hash.
     """
 
     name: str

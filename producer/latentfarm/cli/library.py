@@ -57,7 +57,7 @@ def show_embedding(
 
 @models_app.command("add")
 def add_model(
-    source: Annotated[str, typer.Argument(help="A folder in diffusers layout.", show_default=False)],
+    source: Annotated[str, typer.Argument(help="A folder in diffusers layout, or a hub id.", show_default=False)],
     name: Name = None,
     data: Data = None,
     as_json: Json = False,
@@ -67,6 +67,8 @@ def add_model(
     Example:
 
         latentfarm models add ./my-checkpoint --name mine
+
+        latentfarm models add owner/checkpoint@main
     """
     show([_model(connect(data).models.add(source, name))], as_json=as_json, single=True)
 
