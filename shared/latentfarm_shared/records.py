@@ -7,6 +7,7 @@ from typing import Literal, Self
 
 from pydantic import BaseModel, ConfigDict
 
+Layout = Literal["diffusers", "single_file"]
 _FAMILIES = {
     frozenset({("clip_l", 768)}): "sd1",
     frozenset({("clip_h", 1024)}): "sd2",
@@ -48,7 +49,7 @@ class CheckpointRecord(_Record):
     """
 
     name: str
-    layout: Literal["diffusers", "single_file"] = "diffusers"
+    layout: Layout = "diffusers"
     family: str
     widths: dict[str, int]
     prediction_type: Literal["epsilon", "v_prediction"]

@@ -39,15 +39,12 @@ class Checkpoint:
     """Stable Diffusion 1's parts on one device. Used by the engine's thread alone."""
 
     def __init__(self, record: CheckpointRecord, folder: Path, bank: EmbeddingBank, device: str) -> None:
-        """Load a diffusers folder. fp16 on CUDA (not measured on this project's machines), fp32 elsewhere."""
+        """Load a fetched checkpoint. fp16 on CUDA (not measured on this project's machines), fp32 elsewhere."""
         dtype = torch.float16 if device.startswith("cuda") else torch.float32
-        place: dict[str, Any] = {"torch_dtype": dtype}
         self.record, self._bank, self._device, self._dtype = record, bank, device, dtype
         self.tokenizer = ClipTokenizer(folder / "tokenizer/vocab.json", folder / "tokenizer/merges.txt")
-        text_encoder: Any = CLIPTextModel.from_pretrained(folder / "text_encoder", dtype=dtype)
-        self._text_encoder = text_encoder.to(device).eval()
-        self._unet = UNet2DConditionModel.from_pretrained(folder / "unet", **place).to(device).eval()
-        self._vae = AutoencoderKL.from_pretrained(folder / "vae", **place).to(device).eval()
+        load = _load_folder if record.layout == "diffusers" else _load_single_file
+        self._text_encoder, self._unet, self._vae = (part.to(device).eval() for part in load(folder, dtype))
         alphas = DDPMScheduler.from_pretrained(folder / "scheduler").alphas_cumprod
         self.noise = NoiseModel.from_alphas(alphas)
         self._encoder_name = next(iter(record.widths))
@@ -120,6 +117,30 @@ class Checkpoint:
         pixels = self._vae.decode(latents / self._vae.config.scaling_factor).sample.float()
         scaled = ((pixels + 1) / 2).clamp(0, 1) * 255
         return list(scaled.permute(0, 2, 3, 1).to(torch.uint8).cpu())
+
+
+def _load_folder(folder: Path, dtype: torch.dtype) -> tuple[Any, Any, Any]:
+    """Load text encoder, UNet and VAE from a diffusers folder."""
+    return (
+        CLIPTextModel.from_pretrained(folder / "text_encoder", dtype=dtype),
+        UNet2DConditionModel.from_pretrained(folder / "unet", torch_dtype=dtype),
+        AutoencoderKL.from_pretrained(folder / "vae", torch_dtype=dtype),
+    )
+
+
+def _load_single_file(folder: Path, dtype: torch.dtype) -> tuple[Any, Any, Any]:
+    """Load the same from `model.safetensors` in the original layout, configured by the folder it lies in."""
+    from diffusers import StableDiffusionPipeline  # noqa: PLC0415 - imports far more than the three parts
+
+    pipeline = StableDiffusionPipeline.from_single_file(
+        str(folder / "model.safetensors"),
+        config=str(folder),
+        torch_dtype=dtype,
+        local_files_only=True,
+        safety_checker=None,
+        feature_extractor=None,
+    )
+    return pipeline.text_encoder, pipeline.unet, pipeline.vae
 
 
 def _emphasise(states: Tensor, weights: Tensor) -> Tensor:

@@ -57,8 +57,13 @@ def show_embedding(
 
 @models_app.command("add")
 def add_model(
-    source: Annotated[str, typer.Argument(help="A folder in diffusers layout, or a hub id.", show_default=False)],
+    source: Annotated[
+        str, typer.Argument(help="A diffusers folder, a .safetensors file or a hub id.", show_default=False)
+    ],
     name: Name = None,
+    config: Annotated[
+        Path | None, typer.Option(help="For a single file: a diffusers folder of its family.", show_default=False)
+    ] = None,
     data: Data = None,
     as_json: Json = False,
 ) -> None:
@@ -68,9 +73,11 @@ def add_model(
 
         latentfarm models add ./my-checkpoint --name mine
 
+        latentfarm models add model.safetensors --config ./sd15-folder
+
         latentfarm models add owner/checkpoint@main
     """
-    show([_model(connect(data).models.add(source, name))], as_json=as_json, single=True)
+    show([_model(connect(data).models.add(source, name, config))], as_json=as_json, single=True)
 
 
 @models_app.command("ls")
