@@ -11,7 +11,7 @@ import math
 import random
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from diffusers import AutoencoderKL, DDPMScheduler, UNet2DConditionModel
@@ -56,7 +56,7 @@ class Vectors:
 
     def __init__(self, encoder: CLIPTextModel, tokenizer: CLIPTokenizer, init: tuple[str, ...]) -> None:
         """Start from the embeddings of known words, slightly disturbed."""
-        self.table: Any = encoder.get_input_embeddings()
+        self.table = cast("Any", encoder.get_input_embeddings())
         ids = [tokenizer(word, add_special_tokens=False).input_ids[0] for word in init]
         start = self.table.weight[ids].detach().clone()
         self.values = torch.nn.Parameter(start + 0.1 * start.std() * torch.randn_like(start))

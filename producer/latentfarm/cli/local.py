@@ -67,7 +67,10 @@ def demo(
     output: Annotated[Path, typer.Option("--output", "-o", help="Where the pictures go.")] = Path("latentfarm-demo"),
 ) -> None:
     """From nothing to pictures: a farm of one worker, a job with and without embeddings, a contact sheet."""
-    from latentfarm.demo import run_demo  # noqa: PLC0415
+    from latentfarm.embedded.local import require_extras  # noqa: PLC0415
+
+    require_extras()
+    from latentfarm.demo import run_demo  # noqa: PLC0415 - needs the extra
 
     run_demo(output)
 

