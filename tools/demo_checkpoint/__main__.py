@@ -14,7 +14,7 @@ from pathlib import Path
 import platformdirs
 
 from demo_checkpoint import autoencoder, captions, diffusion, inversion
-from demo_checkpoint.evaluate import evaluate
+from demo_checkpoint.evaluate import PARTS, evaluate
 from demo_checkpoint.export import export
 
 SHIPPED = Path(__file__).parents[2] / "demo" / "latentfarm_demo"
@@ -26,11 +26,13 @@ def main() -> None:
     default = Path(platformdirs.user_cache_dir("latentfarm-demo-checkpoint", appauthor=False))
     parser.add_argument("--state", type=Path, default=default, help="folder of the training state")
     parser.add_argument("--scale", type=float, default=1.0, help="multiplies every time budget; 0.01 tries the steps")
-    parser.add_argument("--evaluate-only", action="store_true", help="measure the shipped checkpoint again")
+    parser.add_argument(
+        "--evaluate", nargs="+", choices=PARTS, metavar="PART", help=f"only measure: {', '.join(PARTS)}"
+    )
     arguments = parser.parse_args()
     state, scale = arguments.state, arguments.scale
     state.mkdir(parents=True, exist_ok=True)
-    if not arguments.evaluate_only:
+    if not arguments.evaluate:
         train_parts(state, scale)
         size = export(state, SHIPPED / "checkpoint")
         print(f"checkpoint: {size / 1e6:.1f} MB")
@@ -38,7 +40,8 @@ def main() -> None:
             output = SHIPPED / "embeddings" / f"{name}.pt"
             inversion.train(SHIPPED / "checkpoint", name, max(2, int(steps * scale)), rate, output)
     count = max(16, int(300 * scale))
-    evaluate(SHIPPED / "checkpoint", SHIPPED / "embeddings", state / "evaluation", count)
+    output = state / "evaluation"
+    evaluate(SHIPPED / "checkpoint", SHIPPED / "embeddings", output, count, arguments.evaluate or PARTS)
 
 
 def train_parts(state: Path, scale: float) -> None:

@@ -154,8 +154,11 @@ def evaluate_hires(studio: Studio, count: int, keep: Callable[[str, list[Image.I
     return table
 
 
-def evaluate(checkpoint: Path, embeddings: Path, output: Path, count: int = 300) -> dict[str, Any]:
-    """Run every measurement, keep grids of the first pictures, and write `evaluation.json`."""
+PARTS = ("judge", "prompts", "hires fix", "character", "negative")
+
+
+def evaluate(checkpoint: Path, embeddings: Path, output: Path, count: int = 300, parts: Sequence[str] = PARTS) -> None:
+    """Run the named measurements, write each as `<part>.json`, and keep grids of the first pictures."""
     output.mkdir(parents=True, exist_ok=True)
     plain, studio = Studio(checkpoint), Studio(checkpoint)
     for name in (POSITIVE, NEGATIVE):
@@ -164,13 +167,13 @@ def evaluate(checkpoint: Path, embeddings: Path, output: Path, count: int = 300)
     def keep(name: str, images: list[Image.Image]) -> None:
         grid(images[:48], 12).save(output / f"{name}.png")
 
-    report = {
-        "images a figure": count,
-        "judge on painted pictures": validate(),
-        "prompts": evaluate_prompts(plain, count, keep),
-        "hires fix": evaluate_hires(plain, max(16, count // 8), keep),
-        "character": evaluate_character(studio, count, keep),
-        "negative": evaluate_negative(studio, checkpoint, count),
+    measurements: dict[str, Callable[[], dict[str, Any]]] = {
+        "judge": validate,
+        "prompts": lambda: evaluate_prompts(plain, count, keep),
+        "hires fix": lambda: evaluate_hires(plain, max(16, count // 8), keep),
+        "character": lambda: evaluate_character(studio, count, keep),
+        "negative": lambda: evaluate_negative(studio, checkpoint, count),
     }
-    (output / "evaluation.json").write_text(json.dumps(report, indent=1) + "\n")
-    return report
+    for part in parts:
+        report = {"images a figure": count, part: measurements[part]()}
+        (output / f"{part}.json").write_text(json.dumps(report, indent=1) + "\n")
