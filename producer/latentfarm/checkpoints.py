@@ -58,9 +58,10 @@ def describe_files(
     index = _read_json(folder / "model_index.json")
     if index.get("_class_name") != "StableDiffusionPipeline":
         raise UnreadableFile(str(folder), f"is a {index.get('_class_name')}; StableDiffusionPipeline is supported")
-    width = _read_json(folder / "text_encoder/config.json").get("hidden_size")
-    if not isinstance(width, int):
-        raise UnreadableFile(str(folder / "text_encoder/config.json"), "has no hidden_size")
+    encoder = _read_json(folder / "text_encoder/config.json")
+    width, layers = encoder.get("hidden_size"), encoder.get("num_hidden_layers")
+    if not isinstance(width, int) or not isinstance(layers, int):
+        raise UnreadableFile(str(folder / "text_encoder/config.json"), "has no hidden_size or num_hidden_layers")
     prediction = _read_json(folder / "scheduler/scheduler_config.json").get("prediction_type", "epsilon")
     if prediction not in ("epsilon", "v_prediction"):
         raise UnreadableFile(str(folder), f"predicts {prediction}; epsilon and v_prediction are supported")
@@ -73,6 +74,7 @@ def describe_files(
         layout=layout,
         family=family_of(widths, name),
         widths=widths,
+        layers=layers,
         prediction_type=prediction,
         source=source,
         files=files,

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import secrets
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 
-from latentfarm_shared.errors import InvalidField
+from latentfarm_shared.errors import InvalidField, Unavailable
 from latentfarm_shared.ledger import Ledger, WorkerStatus
 from latentfarm_shared.ledger.ledger import queue_name
 from latentfarm_shared.prompts.contract import settle
@@ -110,17 +111,17 @@ class Farm:
         checkpoint = self.registry.checkpoint(spec.model)
         settled = settle(spec, checkpoint, self.registry.embeddings(), self._tokenizer(checkpoint))
         seed = spec.seed if spec.seed >= 0 else secrets.randbelow(MAX_RANDOM_SEED - spec.count)
-        return settled.spec.model_copy(update={"seed": seed}), Lock(
-            checkpoint=checkpoint, embeddings=settled.embeddings
-        )
+        if spec.clip_skip > checkpoint.layers:
+            raise InvalidField("clip_skip", f"model {checkpoint.name!r} takes 1 to {checkpoint.layers}")
+        final = JobSpec.check(settled.spec.model_dump() | {"seed": seed})
+        return final, Lock(checkpoint=checkpoint, embeddings=settled.embeddings)
 
     def _send(self, spec: JobSpec, lock: Lock, job_id: str | None) -> Job:
         job_id = job_id or secrets.token_hex(8)
         self.ledger.submit(job_id, spec, lock)
         queue = queue_name(spec.lane, lock.checkpoint.hash)
-        tickets = self.ledger.ring(queue)
-        if tickets:
-            ring(self._celery, queue, tickets)
+        with suppress(Unavailable):  # the job is written down; a sweeper rings within a second
+            ring(self._celery, queue, self.ledger.ring(queue))
         return Job(self.ledger, self.store, job_id)
 
     def job(self, job_id: str) -> Job:
@@ -142,6 +143,11 @@ class Farm:
         """Return the workers that are alive."""
         return self.ledger.workers()
 
+    def sweep(self) -> None:
+        """Take back what dead workers held and ring where wake-ups are missing; any process may, each second."""
+        for queue, ticket in self.ledger.sweep():
+            ring(self._celery, queue, [ticket])
+
     def _tokenizer(self, checkpoint: CheckpointRecord) -> ClipTokenizer:
         """Return a checkpoint's tokenizer, kept in the cache folder by hash."""
         if checkpoint.hash not in self._tokenizers:
@@ -156,5 +162,8 @@ class Farm:
                     self.registry.download_blob(file.sha256, partial)
                     partial.replace(path)
                 paths.append(path)
-            self._tokenizers[checkpoint.hash] = ClipTokenizer(*paths)
+            try:
+                self._tokenizers[checkpoint.hash] = ClipTokenizer(*paths)
+            except ValueError as error:
+                raise InvalidField("model", f"{checkpoint.name!r} has no usable tokenizer ({error})") from error
         return self._tokenizers[checkpoint.hash]

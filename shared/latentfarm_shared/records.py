@@ -44,6 +44,8 @@ class BlobFile(_Record):
 class CheckpointRecord(_Record):
     """What a submission needs to know of a checkpoint; workers fetch the files by hash.
 
+    `layers` are those of the text encoder, which bound clip skip.
+
     `source` is `s3` when all files lie in the farm's store; of a hub's checkpoint (`hub:owner/name@commit`) the large
     ones stay at the hub, pinned by commit and hash.
     """
@@ -52,6 +54,7 @@ class CheckpointRecord(_Record):
     layout: Layout = "diffusers"
     family: str
     widths: dict[str, int]
+    layers: int = 12
     prediction_type: Literal["epsilon", "v_prediction"]
     source: str = "s3"
     files: tuple[BlobFile, ...]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
@@ -11,6 +11,7 @@ from redis import Redis
 
 from latentfarm_shared.embeddings.files import EmbeddingFile
 from latentfarm_shared.errors import InvalidField, UnknownName
+from latentfarm_shared.ledger.ledger import translated
 from latentfarm_shared.records import CheckpointRecord, EmbeddingRecord
 from latentfarm_shared.storage import ObjectStore
 
@@ -98,9 +99,9 @@ class Registry:
             raise UnknownName.among("model", name, (record.name for record in known.values()))
         return known[name.lower()]
 
-    def download_blob(self, sha256: str, path: Path) -> None:
+    def download_blob(self, sha256: str, path: Path, on_progress: Callable[[], None] = lambda: None) -> None:
         """Fetch a file of a checkpoint."""
-        self._store.download(blob_key(sha256), path)
+        self._store.download(blob_key(sha256), path, on_progress)
 
     def reindex(self) -> None:
         """Rebuild the index in Redis from the names in S3."""
@@ -108,12 +109,15 @@ class Registry:
             for key in self._store.keys(f"{folder}/names/"):
                 text = self._store.get(key).decode()
                 record = (EmbeddingRecord if folder == "embeddings" else CheckpointRecord).decode(text)
-                self._redis.hset(index, record.name.lower(), text)
+                with translated():
+                    self._redis.hset(index, record.name.lower(), text)
 
     def _put_name(self, index: str, folder: str, name: str, text: str) -> None:
         key = f"{folder}/names/{quote(name.lower(), safe='')}.json"
         self._store.put(key, text.encode(), "application/json")
-        self._redis.hset(index, name.lower(), text)
+        with translated():
+            self._redis.hset(index, name.lower(), text)
 
     def _names(self, index: str) -> dict[str, str]:
-        return {key.decode(): value.decode() for key, value in self._redis.hgetall(index).items()}
+        with translated():
+            return {key.decode(): value.decode() for key, value in self._redis.hgetall(index).items()}

@@ -12,10 +12,10 @@ import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Literal
-from urllib.parse import urlsplit, urlunsplit
+from urllib.parse import quote, urlsplit, urlunsplit
 
 import platformdirs
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
 from latentfarm_shared.errors import BadSettings, NoFarm, nearest
 
@@ -61,7 +61,7 @@ class _Environment(BaseModel):
     model_config = ConfigDict(frozen=True, extra="ignore")
 
     LATENTFARM_DATA: Path | None = None
-    LATENTFARM_REDIS_URL: str | None = Field(None, pattern=r"^(redis|rediss|redis\+socket)://.+")
+    LATENTFARM_REDIS_URL: str | None = Field(None, pattern=r"^rediss?://.+")
     LATENTFARM_REDIS_PASSWORD: str | None = None
     LATENTFARM_S3_ENDPOINT: str | None = Field(None, pattern=r"^https?://.+")
     LATENTFARM_S3_BUCKET: str | None = Field(None, pattern=r"^[a-z0-9][a-z0-9.-]{1,61}[a-z0-9]$")
@@ -76,6 +76,14 @@ class _Environment(BaseModel):
     AWS_ACCESS_KEY_ID: str | None = None
     AWS_SECRET_ACCESS_KEY: str | None = None
     AWS_REGION: str = "us-east-1"
+
+    @field_validator("LATENTFARM_REDIS_URL", "LATENTFARM_S3_ENDPOINT")
+    @classmethod
+    def _address(cls, value: str | None) -> str | None:
+        """Refuse an address whose host or port makes no sense."""
+        if value is not None and (any(c.isspace() for c in value) or urlsplit(value).port == 0):
+            raise ValueError("is no address")
+        return value
 
 
 VARIABLES = tuple(_Environment.model_fields)
@@ -109,7 +117,8 @@ class Settings(BaseModel):
         if not self.redis_password:
             return self.redis_url
         parts = urlsplit(self.redis_url)
-        return urlunsplit(parts._replace(netloc=f":{self.redis_password}@{parts.netloc.rpartition('@')[2]}"))
+        host = parts.netloc.rpartition("@")[2]
+        return urlunsplit(parts._replace(netloc=f"{parts.username or ''}:{quote(self.redis_password, safe='')}@{host}"))
 
     @classmethod
     def load(cls, data: Path | None = None, environ: Mapping[str, str] = os.environ) -> Settings:
@@ -126,6 +135,7 @@ class Settings(BaseModel):
             raise NoFarm(f"in {folder}")
         if farm is not None and env.LATENTFARM_REDIS_URL not in (None, farm.redis_url):
             farm = None
+        own_store = farm if farm and env.LATENTFARM_S3_ENDPOINT in (None, farm.s3_endpoint) else None
         return cls(
             data=folder,
             cache=env.LATENTFARM_CACHE or folder / "cache",
@@ -133,8 +143,8 @@ class Settings(BaseModel):
             redis_password=env.LATENTFARM_REDIS_PASSWORD or (farm.redis_password if farm else None),
             s3_endpoint=env.LATENTFARM_S3_ENDPOINT or (farm.s3_endpoint if farm else None),
             s3_bucket=env.LATENTFARM_S3_BUCKET or (farm.s3_bucket if farm else "latentfarm"),
-            s3_access_key=env.AWS_ACCESS_KEY_ID or (farm.s3_access_key if farm else None),
-            s3_secret_key=env.AWS_SECRET_ACCESS_KEY or (farm.s3_secret_key if farm else None),
+            s3_access_key=own_store.s3_access_key if own_store else env.AWS_ACCESS_KEY_ID,
+            s3_secret_key=own_store.s3_secret_key if own_store else env.AWS_SECRET_ACCESS_KEY,
             s3_region=env.AWS_REGION,
             device=env.LATENTFARM_DEVICE,
             slots=env.LATENTFARM_SLOTS,

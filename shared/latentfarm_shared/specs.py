@@ -32,9 +32,9 @@ class EmbeddingUse(BaseModel):
         name, colon, side = text.rpartition(":")
         sides: dict[str, Side] = {"neg": "negative", "negative": "negative", "pos": "positive", "positive": "positive"}
         if not colon:
-            return cls(name=text.strip())
-        if side not in sides:
-            raise InvalidField("embeddings", f"{text!r} should be NAME, NAME:pos or NAME:neg")
+            name, side = text, "pos"
+        if side not in sides or not 1 <= len(name.strip()) <= 200:
+            raise InvalidField("embeddings", f"{_short(text)} should be NAME, NAME:pos or NAME:neg")
         return cls(name=name.strip(), side=sides[side])
 
 
@@ -163,6 +163,8 @@ def _read_row(line: str, number: int) -> JobSpec:
         row = json.loads(line)
     except json.JSONDecodeError as error:
         raise InvalidField("JSON", f"column {error.colno}: {error.msg.lower()}", number) from error
+    except (ValueError, RecursionError) as error:
+        raise InvalidField("JSON", "holds a number too large or is nested too deep", number) from error
     if not isinstance(row, dict):
         raise InvalidField("JSON", 'should be an object such as {"prompt": "…"}', number)
     try:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import boto3
+from boto3.exceptions import Boto3Error
 from botocore.config import Config
 from botocore.exceptions import BotoCoreError, ClientError
 
@@ -19,7 +20,7 @@ if TYPE_CHECKING:
 
 _DENIED = {"InvalidAccessKeyId", "SignatureDoesNotMatch", "AccessDenied", "403"}
 _MISSING = {"NoSuchKey", "404", "NotFound"}
-_EXISTS = {"PreconditionFailed", "412", "ConditionalRequestConflict"}
+_EXISTS = {"PreconditionFailed", "412"}
 
 
 class MissingObject(FarmError):
@@ -145,11 +146,11 @@ class ObjectStore:
         with self._translated(key):
             self._client.upload_file(str(path), self.bucket, key)
 
-    def download(self, key: str, path: Path) -> None:
+    def download(self, key: str, path: Path, on_progress: Callable[[], None] = lambda: None) -> None:
         """Read an object of any size into a file, which appears whole or not at all."""
         path.parent.mkdir(parents=True, exist_ok=True)
         with self._translated(key):
-            self._client.download_file(self.bucket, key, str(path))
+            self._client.download_file(self.bucket, key, str(path), Callback=lambda _bytes: on_progress())
 
     def exists(self, key: str) -> bool:
         """Tell whether there is an object at `key`."""
@@ -165,11 +166,11 @@ class ObjectStore:
     def _translated(self, key: str) -> Iterator[None]:
         try:
             yield
-        except (ClientError, BotoCoreError) as error:
+        except (ClientError, BotoCoreError, Boto3Error) as error:
             raise _translate(error, key, self.bucket) from error
 
 
-def _translate(error: ClientError | BotoCoreError, key: str, bucket: str) -> FarmError:
+def _translate(error: ClientError | BotoCoreError | Boto3Error, key: str, bucket: str) -> FarmError:
     if not isinstance(error, ClientError):
         return Unavailable("S3", f"no answer ({type(error).__name__})", "check LATENTFARM_S3_ENDPOINT")
     code = error.response.get("Error", {}).get("Code", "")

@@ -141,8 +141,9 @@ def test_beat_keeps_leases_and_silence_ends_them(ledger: Ledger) -> None:
         ledger.sweep()
     assert ledger.status(job).counts["running"] == 1
 
-    time.sleep(0.4)
-    ledger.sweep()
+    for _ in range(8):
+        time.sleep(0.1)
+        ledger.sweep()
 
     assert ledger.status(job).counts["queued"] == 1
 
@@ -247,6 +248,40 @@ def test_leases_get_a_fresh_period_after_the_server_was_away(ledger: Ledger) -> 
     ledger.sweep()
 
     assert ledger.status(job).counts["running"] == 1
+
+
+def test_leases_get_a_fresh_period_after_nobody_could_sweep(ledger: Ledger) -> None:
+    job = submit(ledger, 1)
+    claim(ledger)
+    ledger.sweep()
+    ledger.redis.hset("lf:epoch", "swept", 1)
+    end_leases(ledger)
+
+    ledger.sweep()
+
+    assert ledger.status(job).counts["running"] == 1
+
+
+def test_claim_a_worker_knows_nothing_of_is_handed_back(ledger: Ledger) -> None:
+    job = submit(ledger, 1)
+    held = claim(ledger, "w1")
+
+    assert ledger.claims("w1") == {held.member}
+    assert not ledger.disown("w2", held.member)
+    assert ledger.disown("w1", held.member)
+    assert ledger.claims("w1") == set()
+    assert ledger.status(job).counts["queued"] == 1
+    assert claim(ledger, "w2").index == 0
+
+
+def test_job_nobody_can_read_fails_and_holds_up_nothing(ledger: Ledger) -> None:
+    broken, fine = submit(ledger, 2), submit(ledger, 1)
+    ledger.redis.hset(f"lf:job:{broken}", "lock", "{}")
+
+    assert claim(ledger).job == fine
+    error = ledger.image_error(broken, 0)
+    assert error is not None
+    assert error["code"] == "UNREADABLE_JOB"
 
 
 def test_transitions_do_not_grow_with_the_job(ledger: Ledger) -> None:

@@ -43,6 +43,8 @@ def names(records: tuple[EmbeddingRecord, ...]) -> list[str]:
         "<corneo_dva>",
         "<Corneo_DVA> on the moon",
         "(corneo_dva, smile:1.1) xcorneo_dva",
+        "a photo<corneo_dva>style",
+        "<corneo_dva>BREAK a girl",
     ],
 )
 def test_name_in_the_prompt_is_the_embedding(demo_tokenizer: ClipTokenizer, prompt: str) -> None:

@@ -100,9 +100,32 @@ def test_canceled_render_ends_and_the_others_go_on(engine: Engine) -> None:
     other.result(5)
 
     engine.cancel(doomed)
+    engine.cancel(doomed)
 
     with pytest.raises(RenderCanceled):
         doomed.result(5)
+
+
+def test_render_canceled_before_the_engine_saw_it_never_runs(engine: Engine) -> None:
+    model = CountingModel()
+    doomed = engine.submit(render(8, 1), model)
+    engine.cancel(doomed)
+    engine.start()
+
+    with pytest.raises(RenderCanceled):
+        doomed.result(5)
+    assert model.batches == []
+
+
+def test_engine_says_when_it_is_idle() -> None:
+    heard: list[str] = []
+    engine = Engine(heard.append)
+    engine.start()
+    engine.submit(render(8, 1), CountingModel()).result(5)
+    engine.stop()
+
+    assert heard[-4:-1] == ["encoding", "denoising", "decoding"]
+    assert heard[-1] == "idle"
 
 
 def test_urgent_image_overtakes(engine: Engine) -> None:

@@ -61,7 +61,7 @@ def test_farm_file_fills_in_what_the_environment_leaves_open(tmp_path: Path) -> 
 
     settings = Settings.load(tmp_path, {})
 
-    assert settings.broker_url == "redis://:p w@127.0.0.1:7000/0"
+    assert settings.broker_url == "redis://:p%20w@127.0.0.1:7000/0"
     assert (tmp_path / "farm.json").stat().st_mode & 0o077 == 0
 
 
@@ -70,6 +70,20 @@ def test_url_of_the_ready_line_takes_the_password_from_the_data_folder(tmp_path:
     environ = {"LATENTFARM_REDIS_URL": FARM.redis_url, "LATENTFARM_DATA": str(tmp_path)}
 
     assert Settings.load(None, environ).redis_password == "p w"
+
+
+def test_password_is_quoted_and_the_user_kept(tmp_path: Path) -> None:
+    environ = {"LATENTFARM_REDIS_URL": "redis://alice@host:1/2", "LATENTFARM_REDIS_PASSWORD": "p/w#1"}
+
+    assert Settings.load(tmp_path, environ).broker_url == "redis://alice:p%2Fw%231@host:1/2"
+
+
+def test_local_farms_store_has_its_own_credentials(tmp_path: Path) -> None:
+    FARM.write(tmp_path)
+
+    settings = Settings.load(tmp_path, {"AWS_ACCESS_KEY_ID": "someone", "AWS_SECRET_ACCESS_KEY": "elses"})
+
+    assert (settings.s3_access_key, settings.s3_secret_key) == ("a", "s")
 
 
 def test_another_farms_url_takes_nothing_from_the_data_folder(tmp_path: Path) -> None:
@@ -91,6 +105,9 @@ def test_another_farms_url_takes_nothing_from_the_data_folder(tmp_path: Path) ->
         ("LATENTFARM_S3_BUCKET", "Not A Bucket"),
         ("LATENTFARM_LOG_LEVEL", "loud"),
         ("LATENTFARM_REDIS_ULR", "redis://x"),
+        ("LATENTFARM_REDIS_URL", "redis://host:abc"),
+        ("LATENTFARM_REDIS_URL", "redis+socket:///tmp/x"),
+        ("LATENTFARM_S3_ENDPOINT", "http://a b"),
     ],
 )
 def test_malformed_or_misspelt_variable_refuses_to_start(tmp_path: Path, name: str, value: str) -> None:

@@ -64,9 +64,10 @@ def test_embedding_use_reads_its_side(text: str, side: str) -> None:
     assert EmbeddingUse.parse(text).side == side
 
 
-def test_embedding_use_refuses_another_side() -> None:
+@pytest.mark.parametrize("text", ["name:left", "", ":neg", " ", "x" * 201])
+def test_embedding_use_refuses_what_is_no_name(text: str) -> None:
     with pytest.raises(InvalidField):
-        EmbeddingUse.parse("name:left")
+        EmbeddingUse.parse(text)
 
 
 def test_jsonl_reads_rows_and_passes_over_comments() -> None:
@@ -84,6 +85,9 @@ def test_jsonl_reads_rows_and_passes_over_comments() -> None:
         ('["a"]', 1),
         ('{"prompt": "a", "sampler": "nope"}', 1),
         ('{"prompt": "a", "embeddings": ["x:up"]}', 1),
+        ('{"prompt": "a", "embeddings": [""]}', 1),
+        ('{"prompt": "a", "seed": ' + "9" * 5000 + "}", 1),
+        ("[" * 100_000, 1),
     ],
 )
 def test_jsonl_error_names_the_line(text: str, line: int) -> None:

@@ -33,17 +33,17 @@ class InFlight:
     future: Future[Tensor]
     pending: Operation
     waiting_since: int
-    canceled: bool = False
 
 
 class Engine:
     """Runs renders on one device, in one thread of its own."""
 
     def __init__(self, on_batch: Callable[[str], None] = lambda _kind: None) -> None:
-        """`on_batch` hears the kind of every batch before it runs (encoding, denoising, decoding)."""
+        """`on_batch` hears the kind of every batch before it runs (encoding, denoising, decoding), and "idle"."""
         self._on_batch = on_batch
         self._flights: list[InFlight] = []
         self._arrivals: list[tuple[Render, Model, bool, Future[Tensor]]] = []
+        self._canceled: set[Future[Tensor]] = set()
         self._changed = threading.Condition()
         self._stopping = False
         self._clock = count()
@@ -70,26 +70,24 @@ class Engine:
         return future
 
     def cancel(self, future: Future[Tensor]) -> None:
-        """Drop a render before its next operation; its future raises RenderCanceled."""
+        """Drop a render before its next operation; its future raises RenderCanceled. May be repeated."""
         with self._changed:
-            for flight in self._flights:
-                if flight.future is future:
-                    flight.canceled = True
-            for arrival in [a for a in self._arrivals if a[3] is future]:
-                self._arrivals.remove(arrival)
-                future.set_exception(RenderCanceled("canceled before it began"))
-            self._changed.notify()
+            if not future.done():
+                self._canceled.add(future)
+                self._changed.notify()
 
     def _run(self) -> None:
         while True:
             with self._changed:
                 while not (self._arrivals or self._flights or self._stopping):
+                    self._on_batch("idle")
                     self._changed.wait()
                 arrivals, self._arrivals = self._arrivals, []
+                canceled, self._canceled = self._canceled, set()
                 stopping = self._stopping
             for arrival in arrivals:
                 self._admit(*arrival)
-            for flight in [f for f in self._flights if f.canceled or stopping]:
+            for flight in [f for f in self._flights if stopping or f.future in canceled]:
                 self._end(flight, RenderCanceled("canceled"))
             if stopping:
                 return

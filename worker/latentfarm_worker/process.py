@@ -7,15 +7,18 @@ at once: its leases run out and its images run elsewhere within seconds.
 from __future__ import annotations
 
 import argparse
+import ctypes
 import os
 import signal
 import sys
 import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 
+import torch
 from celery.signals import setup_logging, worker_ready
-from latentfarm_shared.errors import FarmError
+from latentfarm_shared.errors import FarmError, InvalidField
 from latentfarm_shared.ledger import Ledger
 from latentfarm_shared.logs import configure_logs, log
 from latentfarm_shared.settings import Settings
@@ -27,6 +30,8 @@ from latentfarm_worker.worker import Worker
 
 LOOK_EVERY_S = 2.0
 SWEEP_EVERY_S = 1.0
+RETRY_LOAD_S = 30.0
+PR_SET_PDEATHSIG = 1
 
 
 class WorkerProcess:
@@ -38,17 +43,23 @@ class WorkerProcess:
         self._ledger = Ledger.connect(settings)
         self._celery = make_celery(settings)
         self._worker = Worker(name, settings, self._ledger, ObjectStore(settings), vitals)
+        self._vitals = vitals
+        self._node = f"latentfarm@{name}"
+        self._retry_at: dict[str, float] = {}
         self._register_task()
 
     def run(self) -> None:
         """Load what is there, then serve until told to stop."""
         threading.Thread(target=self._obey, name="orders", daemon=True).start()
+        self._vitals.beat("loading")
         queues = self._load_new()
+        self._worker.advertise()
+        self._worker.start()
         setup_logging.connect(lambda **_: None, weak=False)
         worker_ready.connect(self._on_ready, weak=False)
         self._celery.worker_main(
             [
-                "--quiet", "worker", "-P", "threads", "-c", str(self._settings.slots + 2), "-n", self._name, "-l", "WARNING",
+                "--quiet", "worker", "-P", "threads", "-c", str(self._settings.slots + 2), "-n", self._node, "-l", "WARNING",
                 "-Q", ",".join(map(celery_queue, queues)) or "lf.none",
                 "--without-gossip", "--without-mingle", "--without-heartbeat",
             ]
@@ -61,16 +72,23 @@ class WorkerProcess:
             self._worker.serve(lambda: self._ring(queue))
 
     def _ring(self, queue: str) -> None:
-        tickets = self._ledger.ring(queue)
-        if tickets:
-            ring(self._celery, queue, tickets)
+        ring(self._celery, queue, self._ledger.ring(queue))
 
     def _load_new(self) -> list[str]:
-        """Load checkpoints that are registered, wanted and not loaded; return their queues."""
+        """Load checkpoints that are registered, wanted and not loaded; return their queues.
+
+        One that cannot be loaded is tried again later and keeps none of the others from being served.
+        """
         queues: list[str] = []
         for record in self._worker.registry.checkpoints().values():
-            if (not self._models or record.name in self._models) and not self._worker.has(record):
+            wanted = not self._models or record.name.lower() in self._models
+            if not wanted or self._worker.has(record) or time.monotonic() < self._retry_at.get(record.hash, 0.0):
+                continue
+            try:
                 queues += self._worker.load(record)
+            except Exception as error:  # noqa: BLE001 - files of any origin fail in any way
+                log.error("checkpoint cannot be loaded", checkpoint=record.name, error=str(error), worker=self._name)
+                self._retry_at[record.hash] = time.monotonic() + RETRY_LOAD_S
         return queues
 
     def _on_ready(self, **_: object) -> None:
@@ -79,25 +97,29 @@ class WorkerProcess:
         threading.Thread(target=self._every, args=(LOOK_EVERY_S, self._look), name="look", daemon=True).start()
 
     @staticmethod
-    def _every(seconds: float, action: object) -> None:
+    def _every(seconds: float, action: Callable[[], None]) -> None:
+        """Do something again and again; an error is logged and the next turn comes all the same."""
         while True:
             time.sleep(seconds)
             try:
-                action() if callable(action) else None
+                action()
             except FarmError as error:
                 log.warning("will try again", error=str(error))
+            except Exception:  # noqa: BLE001 - a background thread must not end in silence
+                log.exception("will try again")
 
     def _sweep(self) -> None:
-        wake_ups: dict[str, list[str]] = {}
         for queue, ticket in self._ledger.sweep():
-            wake_ups.setdefault(queue, []).append(ticket)
-        for queue, tickets in wake_ups.items():
-            ring(self._celery, queue, tickets)
+            ring(self._celery, queue, [ticket])
+        self._worker.reconcile()
 
     def _look(self) -> None:
-        """Serve checkpoints that were registered since."""
-        for queue in self._load_new():
-            self._celery.control.add_consumer(celery_queue(queue), destination=[self._name])
+        """Serve checkpoints that were registered since: consume their queues, then advertise them."""
+        queues = self._load_new()
+        for queue in queues:
+            self._celery.control.add_consumer(celery_queue(queue), destination=[self._node])
+        if queues:
+            self._worker.advertise()
 
     def _obey(self) -> None:
         for line in sys.stdin:
@@ -125,6 +147,18 @@ class WorkerProcess:
         os._exit(0)
 
 
+def check_device(device: str) -> None:
+    """Make sure the device is there.
+
+    Raises:
+        InvalidField: it is not.
+    """
+    if device.startswith("cuda") and not torch.cuda.is_available():
+        raise InvalidField("device", f"{device!r}: PyTorch sees no CUDA device here")
+    if device == "mps" and not torch.backends.mps.is_available():
+        raise InvalidField("device", "'mps': PyTorch sees no Apple GPU here")
+
+
 def main() -> None:
     """Parse what the supervisor passes and run."""
     parser = argparse.ArgumentParser(prog="latentfarm_worker.process")
@@ -134,11 +168,14 @@ def main() -> None:
     parser.add_argument("--data", type=Path)
     arguments = parser.parse_args()
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    if sys.platform == "linux":  # a process stuck in its device hears no end of input; the kernel ends it
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
     try:
         settings = Settings.load(arguments.data)
         configure_logs(settings.log_level, settings.log_format)
         vitals = Vitals(arguments.vitals)
-        models = frozenset(filter(None, arguments.models.split(",")))
+        models = frozenset(filter(None, arguments.models.lower().split(",")))
+        check_device(settings.device)
         WorkerProcess(settings, arguments.name, vitals, models).run()
     except FarmError as error:
         log.error("worker cannot start", error=str(error))

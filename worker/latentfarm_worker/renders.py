@@ -35,7 +35,8 @@ class RenderRequest:
         """Lay out both prompts, matched against the job's lock alone."""
         matcher = NameMatcher(tokenizer, lock.embeddings)
         positive, negative = (
-            tuple(chunk_prompt(text, tokenizer, matcher)) for text in (image.job.prompt, image.job.negative_prompt)
+            tuple(chunk_prompt(text, tokenizer, matcher, end_pads="clip_l" in lock.checkpoint.widths))
+            for text in (image.job.prompt, image.job.negative_prompt)
         )
         return cls(positive, negative, image)
 

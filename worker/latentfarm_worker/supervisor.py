@@ -19,13 +19,14 @@ from latentfarm_shared.errors import FarmError
 from latentfarm_shared.ledger import Ledger
 from latentfarm_shared.logs import log
 from latentfarm_shared.settings import Settings
+from latentfarm_shared.storage import ObjectStore
 
 from latentfarm_worker.vitals import Signs, StallWatch, Vitals
 
 BEAT_S = 1.0
 BACK_OFF_S = (1.0, 2.0, 5.0, 10.0, 30.0)
 HEALTHY_AFTER_S = 60.0
-FATAL_EXITS = (2, 3)
+FATAL_EXITS = (2,)
 
 
 class Supervisor:
@@ -37,10 +38,15 @@ class Supervisor:
         self._settings, self._models, self._data = settings, models, data
         self._ledger = Ledger.connect(settings)
         self._stop_at: float | None = None
-        self._told: set[str] = set()
 
     def run(self) -> int:
-        """Keep the process running; return the exit code once it ended for good."""
+        """Keep the process running; return the exit code once it ended for good.
+
+        Raises:
+            Unavailable: Redis or S3 does not answer or refuses us, at the start.
+        """
+        self._ledger.check()
+        ObjectStore(self._settings).check()
         signal.signal(signal.SIGTERM, self._on_signal)
         signal.signal(signal.SIGINT, self._on_signal)
         failures = 0
@@ -116,13 +122,10 @@ class Supervisor:
             "draining": int(self._stop_at is not None),
         }
         try:
-            canceled = self._ledger.beat(self.name, fields)
+            return self._ledger.beat(self.name, fields)
         except FarmError as error:
             log.warning("no beat", worker=self.name, error=str(error))
             return []
-        fresh = [member for member in canceled if member not in self._told]
-        self._told.update(fresh)
-        return fresh
 
     @staticmethod
     def _order(process: subprocess.Popen[str], line: str) -> None:

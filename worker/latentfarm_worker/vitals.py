@@ -47,18 +47,26 @@ class Vitals:
             path.write_bytes(bytes(_SIZE))
         with path.open("r+b") as file:
             self._map = mmap.mmap(file.fileno(), _SIZE)
-        self._progress = 0
-        self._state = (0, 0, 0, 0)
-
-    def update(self, phase: str, slots: int, loads: int, embeddings: int) -> None:
-        """Write a reading; every call counts as progress."""
-        self._progress += 1
-        self._state = (PHASES.index(phase), slots, loads, embeddings)
-        _LAYOUT.pack_into(self._map, 0, *self._state, self._progress)
+        self._progress, self._phase = 0, 0
+        self._counts = (0, 0, 0)
 
     def beat(self, phase: str) -> None:
         """Write a new phase and count progress."""
-        self.update(phase, *self._state[1:])
+        self._phase = PHASES.index(phase)
+        self._write()
+
+    def note(self, slots: int, loads: int, embeddings: int) -> None:
+        """Write new counts and count progress; the phase stays."""
+        self._counts = (slots, loads, embeddings)
+        self._write()
+
+    def progress(self) -> None:
+        """Count progress alone."""
+        self._write()
+
+    def _write(self) -> None:
+        self._progress += 1
+        _LAYOUT.pack_into(self._map, 0, self._phase, *self._counts, self._progress)
 
     def advertise(self, checkpoints: list[str]) -> None:
         """Write which checkpoints are ready."""

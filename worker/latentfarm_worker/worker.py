@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
+from typing import TypeVar
 
-from latentfarm_shared.errors import EmbeddingNotApplied, FarmError, RenderCanceled, RenderError
+from latentfarm_shared.errors import EmbeddingNotApplied, FarmError, RenderCanceled, RenderError, Unavailable
 from latentfarm_shared.images import content_id, image_key
 from latentfarm_shared.infotext import format_infotext
 from latentfarm_shared.ledger import Claim, Ledger
@@ -28,13 +31,31 @@ from latentfarm_worker.renders import RenderRequest, txt2img
 from latentfarm_worker.vitals import Vitals
 
 PUBLISHERS = 4
+PATIENCE_S = (0.2, 0.5, 1.0, 2.0, 4.0, 8.0, 8.0, 8.0, 8.0)
+
+T = TypeVar("T")
+
+
+def patiently(action: Callable[[], T]) -> T:
+    """Do something that a service may refuse for a while; give up after about 40 s.
+
+    Raises:
+        Unavailable: it refused to the end.
+    """
+    for pause_s in PATIENCE_S:
+        try:
+            return action()
+        except Unavailable as error:
+            log.warning("will try again", error=str(error), in_s=pause_s)
+            time.sleep(pause_s)
+    return action()
 
 
 class Worker:
     """One process's share of the farm. `serve` is called by Celery's threads, one image at a time each."""
 
     def __init__(self, name: str, settings: Settings, ledger: Ledger, store: ObjectStore, vitals: Vitals) -> None:
-        """Start the engine; no checkpoint is loaded yet."""
+        """Hold nothing yet; `start` lets it render."""
         self.name, self._settings, self._ledger, self._store, self._vitals = name, settings, ledger, store, vitals
         self.registry = Registry(ledger.redis, store)
         self.bank = EmbeddingBank(self.registry)
@@ -43,25 +64,27 @@ class Worker:
         self._slots = threading.Semaphore(settings.slots)
         self._unpublished = threading.Semaphore(2 * settings.slots)
         self._claims: dict[str, tuple[Claim, Future[Tensor]]] = {}
+        self._strange: set[str] = set()
         self._guard = threading.Lock()
         self._draining = threading.Event()
         self._publishers = ThreadPoolExecutor(PUBLISHERS, "publish")
         self._engine = Engine(self._vitals.beat)
+
+    def start(self) -> None:
+        """Start the engine."""
         self._engine.start()
 
     # ---- warm
 
     def load(self, record: CheckpointRecord) -> list[str]:
         """Load a checkpoint and every embedding that fits it; return the names of its queues, by urgency."""
-        self._sign("loading")
-        folder = fetch_checkpoint(record, self.registry, self._settings.cache)
+        folder = fetch_checkpoint(record, self.registry, self._settings.cache, on_progress=self._vitals.progress)
         self._checkpoints[record.hash] = Checkpoint(record, folder, self.bank, self._settings.device)
         self.loads += 1
         for embedding in self.registry.embeddings().values():
             if embedding.fits(record.widths):
                 self.bank.hold(embedding)
-        self._sign("idle")
-        self._vitals.advertise(sorted(self._checkpoints))
+        self._vitals.note(self._settings.slots, self.loads, len(self.bank))
         log.info("checkpoint ready", checkpoint=record.name, embeddings=len(self.bank), worker=self.name)
         return [queue_name(lane, record.hash) for lane in LANES]
 
@@ -69,34 +92,36 @@ class Worker:
         """Tell whether a checkpoint is loaded."""
         return record.hash in self._checkpoints
 
-    def _sign(self, phase: str) -> None:
-        self._vitals.update(phase, self._settings.slots, self.loads, len(self.bank))
+    def advertise(self) -> None:
+        """Tell the farm which checkpoints are ready and consumed."""
+        self._vitals.advertise(sorted(self._checkpoints))
 
     # ---- work
 
     @property
     def queues(self) -> list[str]:
         """The queues this worker can serve, the most urgent first."""
-        return [queue_name(lane, checkpoint) for lane in LANES for checkpoint in self._checkpoints]
+        return [queue_name(lane, checkpoint) for lane in LANES for checkpoint in list(self._checkpoints)]
 
-    def serve(self, ring_again: Callable[[], None]) -> int:
-        """Render images as long as there are any and a slot is free; return how many."""
-        served = 0
-        while not self._draining.is_set() and self._slots.acquire(blocking=False):
-            future = None
+    def serve(self, ring_again: Callable[[], None]) -> None:
+        """Render images as long as there are any and a slot is free; `ring_again` wakes another thread."""
+        more = True
+        while more and not self._draining.is_set() and self._slots.acquire(blocking=False):
             try:
-                claim = self._ledger.claim(self.name, self.queues)
-                if claim is not None:
-                    ring_again()
-                    future = self._render(claim)
-                    self._finish(claim, future)
+                more = self._serve_one(ring_again)
             finally:
                 self._slots.release()
-            if claim is None:
-                self._vitals.beat("idle") if not self._claims else None
-                break
-            served += 1
-        return served
+
+    def _serve_one(self, ring_again: Callable[[], None]) -> bool:
+        """Claim, render and hand on one image; tell whether there was one."""
+        claim = self._ledger.claim(self.name, self.queues)
+        if claim is None:
+            return False
+        future = self._render(claim)
+        with suppress(Unavailable):  # the sweeper rings within a second
+            ring_again()
+        self._finish(claim, future)
+        return True
 
     def _render(self, claim: Claim) -> Future[Tensor]:
         """Put the claimed image in flight; what cannot even start fails its future."""
@@ -104,14 +129,14 @@ class Worker:
             image = expand(claim.spec, claim.index)
             checkpoint = self._checkpoints[claim.lock.checkpoint.hash]
             for embedding in claim.lock.embeddings:
-                self.bank.hold(embedding)
+                patiently(lambda record=embedding: self.bank.hold(record))  # type: ignore[misc]
             request = RenderRequest.build(image, claim.lock, checkpoint.tokenizer)
             missing = request.missing(claim.lock)
             if missing:
                 raise EmbeddingNotApplied(f"the prompts place no vectors of {', '.join(missing)}")
             urgent = claim.spec.lane == "interactive"
             future = self._engine.submit(txt2img(request, checkpoint.noise), checkpoint, urgent=urgent)
-        except FarmError as error:
+        except Exception as error:  # noqa: BLE001 - whatever is wrong with one image belongs to its future
             future = Future()
             future.set_exception(error)
         with self._guard:
@@ -120,51 +145,67 @@ class Worker:
 
     def _finish(self, claim: Claim, future: Future[Tensor]) -> None:
         """Wait for the pixels and hand them to a publisher, or settle the claim without any."""
-        bound = log.bind(job=claim.job, index=claim.index, worker=self.name)
         try:
             pixels = future.result()
-        except RenderCanceled:
-            self._forget(claim)
-            settled = self._ledger.release(claim, self.name)
-            bound.info("image handed back", held=settled)
+        except (RenderCanceled, Unavailable) as error:
+            self._settle(claim, "image handed back", lambda: self._ledger.release(claim, self.name), str(error))
         except Exception as error:  # noqa: BLE001 - one image's failure must not stop the others
-            self._forget(claim)
-            code = error.code if isinstance(error, FarmError) else RenderError.code
-            self._ledger.fail(claim, self.name, code, str(error) or type(error).__name__)
-            bound.warning("image failed", code=code, error=str(error))
+            self._fail(claim, error)
         else:
             self._unpublished.acquire()
             self._publishers.submit(self._publish, claim, pixels)
 
     def _publish(self, claim: Claim, pixels: Tensor) -> None:
-        """Write the picture where (job, index) decides, then tell the ledger."""
-        bound = log.bind(job=claim.job, index=claim.index, worker=self.name)
+        """Write the picture where (job, index) decides, then tell the ledger; hand it back if nobody listens."""
         try:
             image = expand(claim.spec, claim.index)
-            self._put(claim, image, pixels)
-            if self._ledger.succeed(claim, self.name):
-                bound.info("image published")
-            else:
-                bound.warning("image published, but the claim was lost to another worker")
-        except FarmError as error:
-            self._ledger.fail(claim, self.name, error.code, str(error))
-            bound.warning("image not published", error=str(error))
+            patiently(lambda: self._put(claim, image, pixels))
+            self._settle(claim, "image published", lambda: self._ledger.succeed(claim, self.name))
+        except Unavailable as error:
+            self._settle(claim, "image handed back", lambda: self._ledger.release(claim, self.name), str(error))
+        except Exception as error:  # noqa: BLE001 - one image's failure must not stop the others
+            self._fail(claim, error)
         finally:
-            self._forget(claim)
             self._unpublished.release()
 
     def _put(self, claim: Claim, image: ImageSpec, pixels: Tensor) -> None:
         png = encode_png(pixels, format_infotext(image, claim.lock))
         self._store.put_once(image_key(claim.job, claim.index), png, "image/png", content_id(image, claim.lock))
 
-    def _forget(self, claim: Claim) -> None:
+    def _fail(self, claim: Claim, error: Exception) -> None:
+        code = error.code if isinstance(error, FarmError) else RenderError.code
+        message = str(error) or type(error).__name__
+        self._settle(claim, "image failed", lambda: self._ledger.fail(claim, self.name, code, message), message)
+
+    def _settle(self, claim: Claim, what: str, transition: Callable[[], bool], error: str | None = None) -> None:
+        """Make a claim's last transition and forget it; if the ledger stays away, `reconcile` hands it back later."""
+        bound = log.bind(job=claim.job, index=claim.index, worker=self.name)
+        try:
+            held = patiently(transition)
+            bound.info(what, **({"error": error} if error else {}), **({} if held else {"claim": "lost before"}))
+        except Unavailable as away:
+            bound.warning("could not settle the claim", wanted=what, error=str(away))
+        finally:
+            with self._guard:
+                self._claims.pop(claim.member, None)
+
+    def reconcile(self) -> None:
+        """Hand back claims in our name that we know nothing of, such as one whose answer was lost on the way.
+
+        A claim must look strange twice, a sweep apart, for one just granted is not registered yet.
+        """
+        claimed = self._ledger.claims(self.name)
         with self._guard:
-            self._claims.pop(claim.member, None)
+            strange = claimed - set(self._claims)
+        for member in strange & self._strange:
+            log.warning("claim handed back", claim=member, worker=self.name)
+            self._ledger.disown(self.name, member)
+        self._strange = strange
 
     # ---- control
 
     def cancel(self, member: str) -> None:
-        """Stop rendering an image of a canceled job."""
+        """Stop rendering an image of a canceled job; may be repeated."""
         with self._guard:
             held = self._claims.get(member)
         if held:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import socket
 import sys
 from pathlib import Path
@@ -52,8 +53,10 @@ def generate(  # noqa: PLR0917 - typer turns each into an option
 
         latentfarm generate "1girl, blue hair" -e 16-token-demo-neg:neg --steps 30
     """
-    farm = connect(data)
     width, height = _size(size)
+    if output:
+        output.mkdir(parents=True, exist_ok=True)
+    farm = connect(data)
     job = farm.generate(
         prompt,
         negative_prompt=negative_prompt,
@@ -110,7 +113,7 @@ def submit(
 
 @app.command("ls")
 def list_jobs(
-    limit: Annotated[int, typer.Option(help="How many, the newest first.")] = 20,
+    limit: Annotated[int, typer.Option(min=1, help="How many, the newest first.")] = 20,
     data: Data = None,
     as_json: Json = False,
 ) -> None:
@@ -138,10 +141,12 @@ def images(job: JobId, data: Data = None, as_json: Json = False) -> None:
 
 
 @app.command("watch")
-def watch_job(job: JobId, timeout: Timeout = None, data: Data = None) -> None:
+def watch_job(job: JobId, timeout: Timeout = None, data: Data = None, as_json: Json = False) -> None:
     """Follow a job to its end."""
     found = connect(data).job(job)
     _follow(found, timeout)
+    if as_json:
+        show([describe(found.status())], as_json=True, single=True)
     _exit_code(found.status())
 
 
@@ -150,15 +155,20 @@ def download(
     job: JobId,
     output: Annotated[Path, typer.Option("--output", "-o", help="Folder to save in.")] = Path(),
     data: Data = None,
+    as_json: Json = False,
 ) -> None:
     """Save a job's finished pictures; prints the files."""
-    _save(connect(data).job(job), output)
+    files = [str(path) for path in connect(data).job(job).download(output)]
+    typer.echo(json.dumps(files, ensure_ascii=False) if as_json else "\n".join(files))
 
 
 @app.command("cancel")
-def cancel(job: JobId, data: Data = None) -> None:
+def cancel(job: JobId, data: Data = None, as_json: Json = False) -> None:
     """Cancel what is not rendered yet."""
-    connect(data).job(job).cancel()
+    found = connect(data).job(job)
+    found.cancel()
+    if as_json:
+        show([describe(found.status())], as_json=True, single=True)
 
 
 @workers_app.command("ls")

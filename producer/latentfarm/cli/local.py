@@ -70,6 +70,7 @@ def demo(
     from latentfarm.embedded.local import require_extras  # noqa: PLC0415
 
     require_extras()
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # so that a polite kill leaves nothing behind
     from latentfarm.demo import run_demo  # noqa: PLC0415 - needs the extra
 
     run_demo(output)

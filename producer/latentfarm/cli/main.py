@@ -25,7 +25,7 @@ app.command()(local.up)
 app.command()(local.demo)
 app.command()(jobs.generate)
 app.command()(jobs.submit)
-app.command(context_settings={"allow_extra_args": True})(local.worker)
+app.command()(local.worker)
 app.command()(local.serve)
 app.add_typer(jobs.app, name="jobs", help="List, watch and download jobs.")
 app.add_typer(library.embeddings_app, name="embeddings", help="Add and list embeddings.")
@@ -53,6 +53,11 @@ def main() -> None:
     except FarmError as error:
         print(f"latentfarm: {error}", file=sys.stderr)
         sys.exit(error.exit_code)
+    except OSError as error:
+        if error.filename is None:
+            raise
+        print(f"latentfarm: {error.filename}: {error.strerror}", file=sys.stderr)
+        sys.exit(2)
     except KeyboardInterrupt:
         print("latentfarm: interrupted; submitted jobs go on", file=sys.stderr)
         sys.exit(130)

@@ -8,6 +8,7 @@ import secrets
 import sys
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from importlib.util import find_spec
 from pathlib import Path
 from types import TracebackType
@@ -139,7 +140,7 @@ class LocalFarm:
             time.sleep(0.1)
 
     def watch(self) -> None:
-        """Check on the children once: restart a worker that died; a dead server ends the farm.
+        """Check on the children once and sweep: restart a worker that died; a dead server ends the farm.
 
         Raises:
             Unavailable: a server died.
@@ -147,6 +148,8 @@ class LocalFarm:
         for server in self._servers:
             if server.process.poll() is not None:
                 raise Unavailable(server.name, "died", f"its log {server.log_path} ends: {server.log_tail()}")
+        with suppress(Unavailable):  # a server that is gone is noticed above, the next time
+            self.farm.sweep()
         for number, worker in enumerate(self._workers, 1):
             if worker.process.poll() is not None:
                 self._workers[number - 1] = self._start_worker(number)

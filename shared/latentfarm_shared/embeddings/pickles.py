@@ -9,6 +9,7 @@ from __future__ import annotations
 import io
 import pickle
 import zipfile
+import zlib
 from dataclasses import dataclass
 from typing import Any
 
@@ -125,7 +126,7 @@ def read_torch_zip(data: bytes) -> Any:
             return _InertUnpickler(archive, pickles[0].removesuffix("data.pkl")).load()
     except RefusedPickle:
         raise
-    except (zipfile.BadZipFile, pickle.UnpicklingError, EOFError, KeyError, NotImplementedError) as error:
+    except (zipfile.BadZipFile, zlib.error, pickle.UnpicklingError, EOFError, KeyError, NotImplementedError) as error:
         raise RefusedPickle(f"a damaged PyTorch file ({type(error).__name__})") from error
     except (ValueError, TypeError, IndexError, AttributeError, OverflowError, RecursionError, RuntimeError) as error:
         raise RefusedPickle(f"a PyTorch file that makes no sense ({type(error).__name__})") from error

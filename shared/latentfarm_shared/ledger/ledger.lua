@@ -176,17 +176,29 @@ local function give_back(job, index, queue)
   return true
 end
 
--- release(job, index, token, worker): hand an image back without a mark against it
-local function release(_, a)
-  local job, index, member = a[1], tonumber(a[2]), a[1] .. '/' .. a[2]
-  if not holds(member, a[3]) then return 0 end
+local function hand_back(member, worker)
+  local job, index = split(member)
   local queue = redis.call('HGET', 'lf:claim:' .. member, 'queue')
-  forget(member, a[4])
+  forget(member, worker)
   if give_back(job, index, queue) then
     redis.call('ZADD', 'lf:job:' .. job .. ':returned', index, index)
     local first = redis.call('ZSCORE', 'lf:jobs', job)
     redis.call('ZADD', 'lf:ready:' .. queue, first, job)
   end
+end
+
+-- release(job, index, token, worker): hand an image back without a mark against it
+local function release(_, a)
+  local member = a[1] .. '/' .. a[2]
+  if not holds(member, a[3]) then return 0 end
+  hand_back(member, a[4])
+  return 1
+end
+
+-- disown(worker, member): the worker knows nothing of a claim in its name; hand the image back
+local function disown(_, a)
+  if redis.call('HGET', 'lf:claim:' .. a[2], 'worker') ~= a[1] then return 0 end
+  hand_back(a[2], a[1])
   return 1
 end
 
@@ -289,12 +301,18 @@ local function answered(_, a)
   return redis.call('ZREM', 'lf:rung:' .. a[1], a[2])
 end
 
--- epoch(run_id, lease_ms): after the server came back, every lease gets one fresh period
+-- epoch(run_id, lease_ms): after the server was away, restarted or not, every lease gets one fresh period
 local function epoch(_, a)
-  if redis.call('HGET', 'lf:epoch', 'run_id') == a[1] then return 0 end
-  redis.call('HINCRBY', 'lf:epoch', 'number', 1)
-  redis.call('HSET', 'lf:epoch', 'run_id', a[1])
-  local fresh = now() + tonumber(a[2])
+  local at, lease = now(), tonumber(a[2])
+  local f = redis.call('HMGET', 'lf:epoch', 'run_id', 'swept')
+  redis.call('HSET', 'lf:epoch', 'run_id', a[1], 'swept', at)
+  redis.call('ZREMRANGEBYSCORE', 'lf:workers', '-inf', at - 60000)
+  if f[1] ~= a[1] then
+    redis.call('HINCRBY', 'lf:epoch', 'number', 1)
+  elseif f[2] and at - f[2] <= lease / 2 then
+    return 0
+  end
+  local fresh = at + lease
   for _, member in ipairs(redis.call('ZRANGE', 'lf:leases', 0, -1)) do
     redis.call('ZADD', 'lf:leases', fresh, member)
   end
@@ -302,7 +320,7 @@ local function epoch(_, a)
 end
 
 local transitions = {
-  submit = submit, claim = claim, finish = finish, release = release, beat = beat, leave = leave,
+  submit = submit, claim = claim, finish = finish, release = release, disown = disown, beat = beat, leave = leave,
   expire = expire, cancel = cancel, ring = ring, answered = answered, epoch = epoch,
 }
 

@@ -10,7 +10,7 @@ from importlib.resources import files
 from typing import Any
 
 import redis
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, ValidationError
 
 from latentfarm_shared.errors import Unavailable, UnknownName
 from latentfarm_shared.ledger.states import STATE_OF_BYTE, ImageState, JobStatus
@@ -96,11 +96,14 @@ class Ledger:
 
     def claim(self, worker: str, queues: Sequence[str]) -> Claim | None:
         """Take the most urgent image of `queues`, which stand in order of urgency."""
-        found = self._call("claim", worker, self._lease_ms, *queues)
-        if not found:
-            return None
-        job, index, token, spec, lock = found
-        return Claim(job.decode(), int(index), token.decode(), JobSpec.decode(spec), Lock.decode(lock))
+        while found := self._call("claim", worker, self._lease_ms, *queues):
+            job, index, token, spec, lock = found
+            try:
+                return Claim(job.decode(), int(index), token.decode(), JobSpec.decode(spec), Lock.decode(lock))
+            except ValidationError as error:
+                story = json.dumps({"code": "UNREADABLE_JOB", "message": str(error), "worker": worker})
+                self._call("finish", job, index, token, worker, "f", story)
+        return None
 
     def succeed(self, claim: Claim, worker: str) -> bool:
         """Mark an image as published; False if the claim was lost."""
@@ -118,6 +121,15 @@ class Ledger:
     def release(self, claim: Claim, worker: str) -> bool:
         """Hand an image back without a mark against it; False if the claim was lost."""
         return bool(self._call("release", claim.job, claim.index, claim.token, worker))
+
+    def claims(self, worker: str) -> set[str]:
+        """Return the members of every claim in a worker's name."""
+        with translated():
+            return {member.decode() for member in self.redis.smembers(f"lf:worker:{worker}:claims")}
+
+    def disown(self, worker: str, member: str) -> bool:
+        """Hand back an image that is claimed in the worker's name, but unknown to it."""
+        return bool(self._call("disown", worker, member))
 
     def beat(self, worker: str, fields: dict[str, str | int]) -> list[str]:
         """Extend the worker's leases; return the claims whose jobs were canceled."""
@@ -173,7 +185,7 @@ class Ledger:
     def jobs(self, limit: int = 50) -> list[JobStatus]:
         """Return the newest jobs first."""
         with translated():
-            ids = [name.decode() for name in self.redis.zrevrange("lf:jobs", 0, limit - 1)]
+            ids = [name.decode() for name in self.redis.zrevrange("lf:jobs", 0, max(1, limit) - 1)]
         return [self.status(job) for job in ids]
 
     def spec_and_lock(self, job: str) -> tuple[JobSpec, Lock]:
@@ -231,6 +243,8 @@ def translated() -> Iterator[None]:
     except (redis.ConnectionError, redis.TimeoutError) as error:
         raise Unavailable("Redis", "no answer", "is the farm running? check LATENTFARM_REDIS_URL") from error
     except redis.ResponseError as error:
+        if str(error).startswith("OOM"):
+            raise Unavailable("Redis", "out of memory", "delete old jobs or give it more") from error
         if "NOAUTH" not in str(error) and "WRONGPASS" not in str(error):
             raise
         raise Unavailable("Redis", "access denied", "check LATENTFARM_REDIS_URL or LATENTFARM_DATA") from error

@@ -46,29 +46,41 @@ def settle(
     used: dict[str, EmbeddingRecord] = {}
     prompts: dict[str, str] = {}
     for side, field in _SIDES:
-        prompt = _replace_explicit(getattr(spec, field), field, known)
-        wanted = [_lookup(use.name, known) for use in spec.embeddings if use.side == side]
+        prompt, explicit = _replace_explicit(getattr(spec, field), field, known)
         mentioned = _mentions(prompt, matcher)
-        for record in wanted:
+        for use in (use for use in spec.embeddings if use.side == side):
+            record = _lookup(use.name, known)
+            explicit.append(record)
             if record not in mentioned:
                 prompt = f"{prompt}, {_escape(record.name)}" if prompt.strip() else _escape(record.name)
                 mentioned.append(record)
         _refuse_near_misses(prompt, matcher, known)
-        for record in _mentions(prompt, matcher):
+        mentioned = _mentions(prompt, matcher)
+        lost = next((record for record in explicit if record not in mentioned), None)
+        if lost is not None:
+            raise EmbeddingRefused(lost.name, f"its name is not a word of its own in the {side} prompt")
+        for record in mentioned:
             _refuse_misfit(record, checkpoint)
             used[record.name.lower()] = record
-        lost = next((r for r in mentioned if r.name.lower() not in used), None)
-        if lost is not None:
-            raise EmbeddingRefused(lost.name, "another embedding's name hides it in this prompt")
         prompts[field] = prompt
     return Settled(spec.model_copy(update=prompts), tuple(used.values()))
 
 
-def _replace_explicit(prompt: str, field: str, known: Mapping[str, EmbeddingRecord]) -> str:
+def _replace_explicit(
+    prompt: str, field: str, known: Mapping[str, EmbeddingRecord]
+) -> tuple[str, list[EmbeddingRecord]]:
+    """Put bare names in place of explicit forms, apart from the words around; return the embeddings they name."""
     network = _EXTRA_NETWORK.search(prompt)
     if network:
         raise InvalidField(field, f"{network.group()!r}: {network.group(1)} networks are not supported; remove it")
-    return _EXPLICIT.sub(lambda m: _escape(_lookup(m["comfy"] or m["angle"], known).name), prompt)
+    explicit: list[EmbeddingRecord] = []
+
+    def bare(match: re.Match[str]) -> str:
+        explicit.append(_lookup(match["comfy"] or match["angle"], known))
+        before, after = prompt[: match.start()][-1:], prompt[match.end() :][:1]
+        return f"{' ' * before.isalnum()}{_escape(explicit[-1].name)}{' ' * after.isalnum()}"
+
+    return _EXPLICIT.sub(bare, prompt), explicit
 
 
 def _lookup(name: str, known: Mapping[str, EmbeddingRecord]) -> EmbeddingRecord:
