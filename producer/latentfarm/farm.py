@@ -88,19 +88,23 @@ class Farm:
         return self.submit(JobSpec.check(values))
 
     def submit(self, spec: JobSpec, job_id: str | None = None) -> Job:
-        """Freeze a spec to a lock, write the job down and ring the workers.
+        """Freeze a spec to a lock, write the job down, ring the workers; return once the job is on disk.
 
         A job id that exists already is returned as it is, so a submission may be repeated.
 
         Raises:
             UsageError, Unavailable: as `generate`.
         """
-        return self._send(*self.freeze(spec), job_id)
+        job = self._send(*self.freeze(spec), job_id)
+        self.ledger.acknowledge()
+        return job
 
     def submit_all(self, specs: Sequence[JobSpec]) -> list[Job]:
         """Submit several jobs; all are checked and frozen before the first is queued."""
         frozen = [self.freeze(spec) for spec in specs]
-        return [self._send(spec, lock, None) for spec, lock in frozen]
+        jobs = [self._send(spec, lock, None) for spec, lock in frozen]
+        self.ledger.acknowledge()
+        return jobs
 
     def freeze(self, spec: JobSpec) -> tuple[JobSpec, Lock]:
         """Settle seed, prompts and embeddings; return what would be queued.

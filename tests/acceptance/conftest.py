@@ -58,14 +58,14 @@ def clean_environment() -> dict[str, str]:
     return {k: v for k, v in os.environ.items() if not k.startswith(("LATENTFARM_", "AWS_ACCESS", "AWS_SECRET"))}
 
 
-def start_up(data: Path, *arguments: str) -> Up:
+def start_up(data: Path, *arguments: str, environ: dict[str, str] | None = None) -> Up:
     """Run `latentfarm up --json` until its ready line."""
     process = subprocess.Popen(
         [LATENTFARM, "up", "--json", "--data", str(data), *arguments],
         stdout=subprocess.PIPE,
         stderr=subprocess.DEVNULL,
         text=True,
-        env=clean_environment(),
+        env=clean_environment() | (environ or {}),
     )
     assert process.stdout is not None
     with process.stdout:

@@ -26,7 +26,7 @@ def pictures(store: ObjectStore, job: str) -> int:
 
 
 def test_two_workers_share_a_job_and_one_may_leave(tmp_path: Path) -> None:
-    up = start_up(tmp_path / "data", "--workers", "2")
+    up = start_up(tmp_path / "data", "--workers", "2", environ={"LATENTFARM_GRACE_S": "0"})
     try:
         sdk = Farm.from_env(up.data)
         job = sdk.generate("a blue circle on a white background", seed=1, count=40, steps=10)
@@ -39,6 +39,10 @@ def test_two_workers_share_a_job_and_one_may_leave(tmp_path: Path) -> None:
         status = job.wait(180)
 
         assert status.counts["succeeded"] == 40
+        assert [w.name for w in sdk.workers() if w.checkpoints] != [busy[0].name]
+        logs = "".join(path.read_text() for path in (up.data / "logs").glob("worker-*.log"))
+        assert "image handed back" in logs
+        assert "lost before" not in logs
         assert pictures(sdk.store, job.id) == 40
         published = [
             json.dumps(line)

@@ -215,7 +215,7 @@ def test_cancel_stops_what_waits_and_tells_who_renders(ledger: Ledger) -> None:
 def test_wake_ups_are_as_many_as_images_or_free_slots(ledger: Ledger) -> None:
     submit(ledger, 10)
     assert ledger.ring(QUEUE) == []
-    ledger.beat("w1", {"slots": 4, "checkpoints": RECORD.hash, "draining": 0})
+    ledger.beat("w1", {"slots": 2, "reserve": 2, "checkpoints": RECORD.hash, "draining": 0})
     ledger.beat("w2", {"slots": 9, "checkpoints": "other", "draining": 0})
     ledger.beat("w3", {"slots": 9, "checkpoints": RECORD.hash, "draining": 1})
 
@@ -225,6 +225,20 @@ def test_wake_ups_are_as_many_as_images_or_free_slots(ledger: Ledger) -> None:
     assert ledger.ring(QUEUE) == []
     ledger.answered(QUEUE, tickets[0])
     assert len(ledger.ring(QUEUE)) == 1
+
+
+def test_reserve_is_for_the_interactive_lane(ledger: Ledger) -> None:
+    submit(ledger, 10, lane="batch")
+    ledger.beat("w1", {"slots": 2, "reserve": 2, "checkpoints": RECORD.hash, "draining": 0})
+
+    assert len(ledger.ring(BATCH_QUEUE)) == 2
+
+
+def test_submission_is_acknowledged_once_on_disk(ledger: Ledger) -> None:
+    submit(ledger, 1)
+    ledger.acknowledge()
+
+    assert ledger.redis.info("persistence")["aof_pending_bio_fsync"] == 0
 
 
 def test_lost_wake_up_is_rung_again(ledger: Ledger) -> None:

@@ -20,12 +20,13 @@ import torch
 from celery.signals import setup_logging, worker_ready
 from latentfarm_shared.errors import FarmError, InvalidField
 from latentfarm_shared.ledger import Ledger
+from latentfarm_shared.ledger.ledger import LANES
 from latentfarm_shared.logs import configure_logs, log
 from latentfarm_shared.settings import Settings
 from latentfarm_shared.storage import ObjectStore
 from latentfarm_shared.wakeups import TASK, celery_queue, make_celery, ring
 
-from latentfarm_worker.vitals import Vitals
+from latentfarm_worker.vitals import RESERVE, Vitals
 from latentfarm_worker.worker import Worker
 
 LOOK_EVERY_S = 2.0
@@ -59,7 +60,7 @@ class WorkerProcess:
         worker_ready.connect(self._on_ready, weak=False)
         self._celery.worker_main(
             [
-                "--quiet", "worker", "-P", "threads", "-c", str(self._settings.slots + 2), "-n", self._node, "-l", "WARNING",
+                "--quiet", "worker", "-P", "threads", "-c", str(self._settings.slots + RESERVE), "-n", self._node, "-l", "WARNING",
                 "-Q", ",".join(map(celery_queue, queues)) or "lf.none",
                 "--without-gossip", "--without-mingle", "--without-heartbeat",
             ]
@@ -69,7 +70,7 @@ class WorkerProcess:
         @self._celery.task(name=TASK, shared=False)
         def wake(queue: str, ticket: str) -> None:
             self._ledger.answered(queue, ticket)
-            self._worker.serve(lambda: self._ring(queue))
+            self._worker.serve(lambda: self._ring(queue), urgent=queue.startswith(LANES[0]))
 
     def _ring(self, queue: str) -> None:
         ring(self._celery, queue, self._ledger.ring(queue))

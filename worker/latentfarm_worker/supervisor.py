@@ -21,7 +21,7 @@ from latentfarm_shared.logs import log
 from latentfarm_shared.settings import Settings
 from latentfarm_shared.storage import ObjectStore
 
-from latentfarm_worker.vitals import Signs, StallWatch, Vitals
+from latentfarm_worker.vitals import RESERVE, Signs, StallWatch, Vitals
 
 BEAT_S = 1.0
 BACK_OFF_S = (1.0, 2.0, 5.0, 10.0, 30.0)
@@ -117,6 +117,7 @@ class Supervisor:
             "device": self._settings.device,
             "checkpoints": ",".join(signs.checkpoints),
             "slots": signs.slots,
+            "reserve": RESERVE,
             "loads": signs.loads,
             "phase": signs.phase,
             "draining": int(self._stop_at is not None),

@@ -21,6 +21,7 @@ STALL_LIMIT_S = {
     "denoising": 120.0,
     "decoding": 300.0,
 }
+RESERVE = 2  # images of the interactive lane a worker takes beside its slots
 _LAYOUT = struct.Struct("<BxxxIIIQ")
 _TEXT = 4096
 _SIZE = _LAYOUT.size + 4 + _TEXT

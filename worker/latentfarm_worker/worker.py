@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from typing import TypeVar
@@ -18,7 +18,7 @@ from latentfarm_shared.logs import log
 from latentfarm_shared.records import CheckpointRecord
 from latentfarm_shared.registry import Registry
 from latentfarm_shared.settings import Settings
-from latentfarm_shared.specs import ImageSpec, expand
+from latentfarm_shared.specs import ImageSpec, Lane, expand
 from latentfarm_shared.storage import ObjectStore
 from torch import Tensor
 
@@ -28,7 +28,7 @@ from latentfarm_worker.engine import Engine
 from latentfarm_worker.fetch import fetch_checkpoint
 from latentfarm_worker.png import encode_png
 from latentfarm_worker.renders import RenderRequest, txt2img
-from latentfarm_worker.vitals import Vitals
+from latentfarm_worker.vitals import RESERVE, Vitals
 
 PUBLISHERS = 4
 PATIENCE_S = (0.2, 0.5, 1.0, 2.0, 4.0, 8.0, 8.0, 8.0, 8.0)
@@ -62,6 +62,7 @@ class Worker:
         self.loads = 0
         self._checkpoints: dict[str, Checkpoint] = {}
         self._slots = threading.Semaphore(settings.slots)
+        self._reserve = threading.Semaphore(RESERVE)
         self._unpublished = threading.Semaphore(2 * settings.slots)
         self._claims: dict[str, tuple[Claim, Future[Tensor]]] = {}
         self._strange: set[str] = set()
@@ -98,23 +99,31 @@ class Worker:
 
     # ---- work
 
-    @property
-    def queues(self) -> list[str]:
-        """The queues this worker can serve, the most urgent first."""
-        return [queue_name(lane, checkpoint) for lane in LANES for checkpoint in list(self._checkpoints)]
+    def queues(self, lanes: Sequence[Lane]) -> list[str]:
+        """Return the queues of some lanes this worker can serve, the most urgent first."""
+        return [queue_name(lane, checkpoint) for lane in lanes for checkpoint in list(self._checkpoints)]
 
-    def serve(self, ring_again: Callable[[], None]) -> None:
-        """Render images as long as there are any and a slot is free; `ring_again` wakes another thread."""
+    def serve(self, ring_again: Callable[[], None], *, urgent: bool) -> None:
+        """Render images as long as there are any and a slot is free; `ring_again` wakes another thread.
+
+        An `urgent` wake-up, one of the interactive lane, finds room beside the slots.
+        """
         more = True
-        while more and not self._draining.is_set() and self._slots.acquire(blocking=False):
+        while more and not self._draining.is_set() and (permit := self._permit(urgent=urgent)):
             try:
-                more = self._serve_one(ring_again)
+                more = self._serve_one(self.queues(LANES if permit is self._slots else LANES[:1]), ring_again)
             finally:
-                self._slots.release()
+                permit.release()
 
-    def _serve_one(self, ring_again: Callable[[], None]) -> bool:
+    def _permit(self, *, urgent: bool) -> threading.Semaphore | None:
+        """Take a slot; when all are taken, an interactive wake-up may take from the reserve."""
+        if self._slots.acquire(blocking=False):
+            return self._slots
+        return self._reserve if urgent and self._reserve.acquire(blocking=False) else None
+
+    def _serve_one(self, queues: list[str], ring_again: Callable[[], None]) -> bool:
         """Claim, render and hand on one image; tell whether there was one."""
-        claim = self._ledger.claim(self.name, self.queues)
+        claim = self._ledger.claim(self.name, queues)
         if claim is None:
             return False
         future = self._render(claim)

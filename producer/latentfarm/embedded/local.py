@@ -140,7 +140,7 @@ class LocalFarm:
             time.sleep(0.1)
 
     def watch(self) -> None:
-        """Check on the children once and sweep: restart a worker that died; a dead server ends the farm.
+        """Check on the children once and sweep: restart a worker that died, but not one that was told to stop.
 
         Raises:
             Unavailable: a server died.
@@ -151,7 +151,7 @@ class LocalFarm:
         with suppress(Unavailable):  # a server that is gone is noticed above, the next time
             self.farm.sweep()
         for number, worker in enumerate(self._workers, 1):
-            if worker.process.poll() is not None:
+            if worker.process.poll() not in (None, 0):
                 self._workers[number - 1] = self._start_worker(number)
 
     def stop(self) -> None:

@@ -273,18 +273,21 @@ local function cancel(_, a)
   return 1
 end
 
--- ring(queue, stale_ms): how many wake-ups to send now: min(waiting, free slots) less those under way
+-- ring(queue, stale_ms): the wake-ups to send now: min(waiting, free slots) less those under way. Every worker keeps a
+-- reserve beside its slots for interactive images.
 local function ring(_, a)
   local queue, at = a[1], now()
   local rung = 'lf:rung:' .. queue
   redis.call('ZREMRANGEBYSCORE', rung, '-inf', at - tonumber(a[2]))
   local waiting = tonumber(redis.call('GET', 'lf:count:' .. queue) or '0')
-  local checkpoint = string.match(queue, ':(.*)$')
+  local lane, checkpoint = string.match(queue, '^(.-):(.*)$')
+  local urgent = lane == 'interactive'
   local free = 0
   for _, worker in ipairs(redis.call('ZRANGEBYSCORE', 'lf:workers', at - 10000, '+inf')) do
-    local f = redis.call('HMGET', 'lf:worker:' .. worker, 'slots', 'checkpoints', 'draining')
+    local f = redis.call('HMGET', 'lf:worker:' .. worker, 'slots', 'checkpoints', 'draining', 'reserve')
     if f[1] and f[2] and string.find(',' .. f[2] .. ',', ',' .. checkpoint .. ',', 1, true) and f[3] ~= '1' then
-      free = free + math.max(0, f[1] - redis.call('SCARD', 'lf:worker:' .. worker .. ':claims'))
+      local room = f[1] + (urgent and f[4] or 0)
+      free = free + math.max(0, room - redis.call('SCARD', 'lf:worker:' .. worker .. ':claims'))
     end
   end
   local tickets = {}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from importlib.resources import files
 from typing import Any
@@ -19,6 +19,7 @@ from latentfarm_shared.settings import Settings
 from latentfarm_shared.specs import JobSpec, Lane
 
 LEASE_MS = 6_000
+ACKNOWLEDGE_MS = 2_000
 WAKE_UP_STALE_MS = 5_000
 WORKER_GONE_S = 10.0
 LANES: tuple[Lane, ...] = ("interactive", "batch")
@@ -93,6 +94,16 @@ class Ledger:
         """Write a job down; False if a job of this id is already there."""
         checkpoint = lock.checkpoint.hash
         return bool(self._call("submit", job, spec.encode(), lock.encode(), spec.count, spec.lane, checkpoint))
+
+    def acknowledge(self) -> None:
+        """Wait until all that was written before is in the server's log on disk, where the server can tell.
+
+        With `appendfsync everysec` this takes up to a second; what was submitted runs meanwhile.
+        """
+        with translated(), self.redis.client() as connection:  # WAITAOF speaks of one connection's writes
+            connection.incr("lf:acknowledged")
+            with suppress(redis.ResponseError):  # an older server, or one without a log
+                connection.execute_command("WAITAOF", 1, 0, ACKNOWLEDGE_MS)
 
     def claim(self, worker: str, queues: Sequence[str]) -> Claim | None:
         """Take the most urgent image of `queues`, which stand in order of urgency."""
