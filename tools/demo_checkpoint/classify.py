@@ -192,12 +192,12 @@ def _check_riding(labels: Labels, scene: RidingScene) -> dict[str, bool]:
             labels, [(18, 60, 46, 63.5)], "grey") > MAJORITY  # fmt: skip
     else:
         place = _share(labels, [(30, 0.5, 63, 8)], "sky") > MAJORITY and _share(labels, low, "green") > MAJORITY
-    visor = _share(labels, [(22, 6, 46, 36)], "visor") > 0.03
+    helmet = _share(labels, [(23, 7, 40, 19)], "white", "grey", "visor") > 0.2
     coat = {"brown": ("brown",), "white": ("white", "grey")}
     head = _share(labels, [(46, 18.5, 54, 23.5)], *coat[scene.horse]) > 0.5
     some_head = any(_share(labels, [(46, 18.5, 54, 23.5)], *names) > 0.5 for names in coat.values())
     wants_horse, wants_astronaut = "horse" in scene.subject, "astronaut" in scene.subject
-    answers = {"scene": place, "subject": visor == wants_astronaut and some_head == wants_horse}
+    answers = {"scene": place, "subject": helmet == wants_astronaut and some_head == wants_horse}
     return answers | ({"horse": head} if wants_horse else {})
 
 
