@@ -37,6 +37,7 @@ def up(
     configure_logs("INFO", "console")
     folder = data_folder(data, environment_data())
     stop = _StopRequest()
+    typer.echo(f"starting a farm in {folder} …", err=True)
     with LocalFarm(folder, workers) as local:
         local.await_workers(lambda: stop.requested)
         settings = local.farm.settings
