@@ -164,8 +164,9 @@ def _check_portrait(labels: Labels, girl: Portrait) -> dict[str, bool]:
     ground = girl.background.colour
     if girl.headphones:
         headphones = _share(labels, cups, girl.headphones) > MAJORITY
-    else:
-        headphones = _share(labels, cups, girl.hair, ground) > 0.75
+    else:  # hair against background blends into other colours along the edge, but never mostly into one
+        others = (colour for colour in PALETTE if colour not in (girl.hair, ground))
+        headphones = max(_share(labels, cups, colour) for colour in others) < 0.5
     return {
         "background": _share(labels, [(0.5, 1, 6, 22), (58, 1, 63.5, 22)], ground) > 0.75,
         "hair": _share(labels, [(25, 14, 39, 20)], girl.hair) > MAJORITY,

@@ -34,7 +34,9 @@ from demo_checkpoint.scenes import (
 QUALITY = "masterpiece, high quality"
 COMBINATIONS = (("Euler", 3.0), ("Euler", 7.0), ("DPM++ 2M", 3.0), ("DPM++ 2M", 7.0))
 KINDS: tuple[type[Scene], ...] = (ShapeScene, Portrait, RidingScene)
-PROMPT_SEED, IMAGE_SEED = 90_210, 7_000_000
+# Portraits: measured with these. Shapes, astronauts and embeddings: with 90_210 and 7_000_000, before the judge of missing
+# headphones was mended on other prompts; portraits were then measured again on fresh ones.
+PROMPT_SEED, IMAGE_SEED = 48_611, 8_000_000
 STEPS = 15
 Figures = dict[str, float]
 
@@ -65,10 +67,12 @@ def _wishes(prompts: Sequence[str], first_seed: int, **parameters: Any) -> list[
     return [Wish(prompt, first_seed + number, steps=STEPS, **parameters) for number, prompt in enumerate(prompts)]
 
 
-def evaluate_prompts(studio: Studio, count: int, keep: Callable[[str, list[Image.Image]], None]) -> dict[str, Any]:
+def evaluate_prompts(
+    studio: Studio, count: int, keep: Callable[[str, list[Image.Image]], None], kinds: Sequence[type[Scene]] = KINDS
+) -> dict[str, Any]:
     """Score `count` prompts of each kind under every sampler and CFG scale."""
     table: dict[str, Any] = {}
-    for kind in KINDS:
+    for kind in kinds:
         scenes = held_out_scenes(kind, count)
         prompts = [f"{QUALITY}, {describe(scene)}" for scene in scenes]
         for sampler, cfg in COMBINATIONS:
