@@ -18,7 +18,7 @@ from latentfarm.farm import Farm
 from latentfarm.jobs import Job
 
 SEED, PER_ROW = 43, 4
-SHORT = "masterpiece, high quality, 1girl"
+SHORT = "masterpiece, high quality"
 POSITIVE, NEGATIVE = "corneo_dva", "16-token-demo-neg"
 TIMEOUT_S = 300.0
 
