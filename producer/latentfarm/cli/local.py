@@ -37,8 +37,9 @@ def up(
     configure_logs("INFO", "console")
     folder = data_folder(data, environment_data())
     stop = _StopRequest()
+    farm = LocalFarm(folder, workers)
     typer.echo(f"starting a farm in {folder} …", err=True)
-    with LocalFarm(folder, workers) as local:
+    with farm as local:
         local.await_workers(lambda: stop.requested)
         settings = local.farm.settings
         ready = {"redis_url": settings.redis_url, "s3_endpoint": settings.s3_endpoint, "data": str(folder)}
