@@ -133,27 +133,43 @@ class Settings(BaseModel):
         farm = FarmFile.read(folder)
         if env.LATENTFARM_REDIS_URL is None and farm is None:
             raise NoFarm(f"in {folder}")
-        if farm is not None and env.LATENTFARM_REDIS_URL not in (None, farm.redis_url):
-            farm = None
-        own_store = farm if farm and env.LATENTFARM_S3_ENDPOINT in (None, farm.s3_endpoint) else None
-        return cls(
-            data=folder,
-            cache=env.LATENTFARM_CACHE or folder / "cache",
-            redis_url=env.LATENTFARM_REDIS_URL or (farm.redis_url if farm else ""),
-            redis_password=env.LATENTFARM_REDIS_PASSWORD or (farm.redis_password if farm else None),
-            s3_endpoint=env.LATENTFARM_S3_ENDPOINT or (farm.s3_endpoint if farm else None),
-            s3_bucket=env.LATENTFARM_S3_BUCKET or (farm.s3_bucket if farm else "latentfarm"),
-            s3_access_key=own_store.s3_access_key if own_store else env.AWS_ACCESS_KEY_ID,
-            s3_secret_key=own_store.s3_secret_key if own_store else env.AWS_SECRET_ACCESS_KEY,
-            s3_region=env.AWS_REGION,
-            device=env.LATENTFARM_DEVICE,
-            slots=env.LATENTFARM_SLOTS,
-            grace_s=env.LATENTFARM_GRACE_S,
-            log_level=env.LATENTFARM_LOG_LEVEL,
-            log_format=env.LATENTFARM_LOG_FORMAT,
-            api_host=env.LATENTFARM_API_HOST,
-            api_port=env.LATENTFARM_API_PORT,
+        return cls.model_validate(
+            {
+                "data": folder,
+                "cache": env.LATENTFARM_CACHE or folder / "cache",
+                "s3_region": env.AWS_REGION,
+                "device": env.LATENTFARM_DEVICE,
+                "slots": env.LATENTFARM_SLOTS,
+                "grace_s": env.LATENTFARM_GRACE_S,
+                "log_level": env.LATENTFARM_LOG_LEVEL,
+                "log_format": env.LATENTFARM_LOG_FORMAT,
+                "api_host": env.LATENTFARM_API_HOST,
+                "api_port": env.LATENTFARM_API_PORT,
+                **_services(env, farm),
+            }
         )
+
+
+def _services(env: _Environment, farm: FarmFile | None) -> dict[str, str | None]:
+    """Return where Redis and S3 are and how to enter: what the environment says, else what the local farm left.
+
+    A farm at another address than the environment's is not the one meant. A store's keys belong to the store.
+    """
+    given = {
+        "redis_url": env.LATENTFARM_REDIS_URL,
+        "redis_password": env.LATENTFARM_REDIS_PASSWORD,
+        "s3_endpoint": env.LATENTFARM_S3_ENDPOINT,
+        "s3_bucket": env.LATENTFARM_S3_BUCKET,
+    }
+    open_ = {"redis_password": None, "s3_endpoint": None, "s3_bucket": "latentfarm"}
+    keys = {"s3_access_key": env.AWS_ACCESS_KEY_ID, "s3_secret_key": env.AWS_SECRET_ACCESS_KEY}
+    if farm is not None and given["redis_url"] in (None, farm.redis_url):
+        left = farm.model_dump(include=set(given))
+        if given["s3_endpoint"] in (None, farm.s3_endpoint):
+            keys = {"s3_access_key": farm.s3_access_key, "s3_secret_key": farm.s3_secret_key}
+    else:
+        left = {}
+    return open_ | left | {name: value for name, value in given.items() if value} | keys
 
 
 def data_folder(given: Path | None, from_environment: Path | None = None) -> Path:
