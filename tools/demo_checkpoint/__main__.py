@@ -36,7 +36,7 @@ def main() -> None:
         train_parts(state, scale)
         size = export(state, SHIPPED / "checkpoint")
         print(f"checkpoint: {size / 1e6:.1f} MB")
-        for name, steps, rate in ((inversion.POSITIVE, 700, 3e-3), (inversion.NEGATIVE, 400, 3e-3)):
+        for name, steps, rate in ((inversion.POSITIVE, 500, 3e-3), (inversion.NEGATIVE, 250, 3e-3)):
             output = SHIPPED / "embeddings" / f"{name}.pt"
             inversion.train(SHIPPED / "checkpoint", name, max(2, int(steps * scale)), rate, output)
     count = max(16, int(300 * scale))
