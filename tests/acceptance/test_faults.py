@@ -39,7 +39,7 @@ def test_two_workers_share_a_job_and_one_may_leave(tmp_path: Path) -> None:
         status = job.wait(180)
 
         assert status.counts["succeeded"] == 40
-        assert [w.name for w in sdk.workers() if w.checkpoints] != [busy[0].name]
+        assert busy[0].name not in [w.name for w in sdk.workers()], "the stopped worker should have signed off"
         logs = "".join(path.read_text() for path in (up.data / "logs").glob("worker-*.log"))
         assert "image handed back" in logs
         assert "lost before" not in logs

@@ -234,11 +234,15 @@ def test_reserve_is_for_the_interactive_lane(ledger: Ledger) -> None:
     assert len(ledger.ring(BATCH_QUEUE)) == 2
 
 
-def test_submission_is_acknowledged_once_on_disk(ledger: Ledger) -> None:
-    submit(ledger, 1)
+def test_acknowledgement_waits_for_the_log_on_disk(ledger: Ledger) -> None:
+    def waits() -> int:
+        return int(ledger.redis.info("commandstats").get("cmdstat_waitaof", {}).get("calls", 0))
+
+    before = waits()
     ledger.acknowledge()
 
-    assert ledger.redis.info("persistence")["aof_pending_bio_fsync"] == 0
+    assert waits() == before + 1
+    assert ledger.redis.info("commandstats")["cmdstat_waitaof"]["failed_calls"] == 0
 
 
 def test_lost_wake_up_is_rung_again(ledger: Ledger) -> None:

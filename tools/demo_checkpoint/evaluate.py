@@ -34,8 +34,8 @@ from demo_checkpoint.scenes import (
 QUALITY = "masterpiece, high quality"
 COMBINATIONS = (("Euler", 3.0), ("Euler", 7.0), ("DPM++ 2M", 3.0), ("DPM++ 2M", 7.0))
 KINDS: tuple[type[Scene], ...] = (ShapeScene, Portrait, RidingScene)
-# Portraits: measured with these. Shapes, astronauts and embeddings: with 90_210 and 7_000_000, before the judge of missing
-# headphones was mended on other prompts; portraits were then measured again on fresh ones.
+# The card's table of portraits was measured with these; everything else on it with 90_210 and 7_000_000, before the judge
+# of missing headphones was mended on other prompts.
 PROMPT_SEED, IMAGE_SEED = 48_611, 8_000_000
 STEPS = 15
 Figures = dict[str, float]
