@@ -14,7 +14,8 @@ from latentfarm_demo import CHECKPOINT
 from latentfarm_shared.prompts.tokens import ClipTokenizer
 from latentfarm_shared.records import BlobFile, CheckpointRecord, EmbeddingRecord
 
-REFERENCE = Path(__file__).parents[2] / "shared"
+# Not a setting of the product, so no process under test may see it.
+REFERENCE = Path(os.environ.pop("LATENTFARM_VECTORS", Path(__file__).parents[2] / "shared"))
 
 
 def reference(*parts: str) -> Path:

@@ -4,17 +4,16 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from latentfarm_shared.embeddings.files import read_embedding
-from latentfarm_shared.records import CheckpointRecord, EmbeddingRecord
-from latentfarm_shared.registry import Registry
-
-from latentfarm.checkpoints import (
+from latentfarm_shared.checkpoints import (
     SINGLE_FILE,
     describe_folder,
     describe_hub,
     describe_single_file,
     is_hub_id,
 )
+from latentfarm_shared.embeddings.files import read_embedding
+from latentfarm_shared.records import CheckpointRecord, EmbeddingRecord
+from latentfarm_shared.registry import Registry
 
 
 class Embeddings:

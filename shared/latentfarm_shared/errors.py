@@ -12,6 +12,9 @@
     │   └── NoFarm                 there is no farm at this address or in this folder
     └── RenderError                exit 1: one image failed on a worker
         ├── EmbeddingNotApplied    the proof of application differs from the job's lock
+        ├── BrokenPicture          the picture is all black or not made of numbers, in float32 too
+        ├── OutOfMemory            one image alone needs more memory than the device has
+        ├── DeadlineExceeded       the image was not ready when it had to be
         └── RenderCanceled         the owner canceled the job while the image was in flight
 
 An exception's `args` are its constructor's arguments, so it survives pickling and Celery; its text is `str()`.
@@ -170,6 +173,30 @@ class EmbeddingNotApplied(RenderError):
     """What entered the text encoder is not what the job's lock promises."""
 
     code = "EMBEDDING_NOT_APPLIED"
+
+
+class BrokenPicture(RenderError):
+    """The finished picture `reason` (is all black, holds values that are not finite), in float32 as well."""
+
+    code = "BROKEN_PICTURE"
+
+    def __str__(self) -> str:
+        return f"the picture {self.reason}, in float32 as well; try another seed, sampler or CFG scale"
+
+
+class OutOfMemory(RenderError):
+    """One image alone did not fit into the device's memory while `reason`."""
+
+    code = "OUT_OF_MEMORY"
+
+    def __str__(self) -> str:
+        return f"the device ran out of memory {self.reason}, with no other image beside; make it smaller"
+
+
+class DeadlineExceeded(RenderError):
+    """The image's deadline passed before it was rendered."""
+
+    code = "DEADLINE_EXCEEDED"
 
 
 class RenderCanceled(RenderError):

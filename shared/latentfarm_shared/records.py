@@ -60,6 +60,13 @@ class CheckpointRecord(_Record):
     files: tuple[BlobFile, ...]
 
     @property
+    def architecture(self) -> Literal["sd1", "sd2", "sdxl"]:
+        """Which Stable Diffusion it is built like, told by its encoders."""
+        if "clip_g" in self.widths:
+            return "sdxl"
+        return "sd2" if "clip_h" in self.widths else "sd1"
+
+    @property
     def hash(self) -> str:
         """Identity: sha256 over the paths and contents of all files, 64 hex digits."""
         lines = "".join(f"{f.sha256} {f.path}\n" for f in sorted(self.files, key=lambda f: f.path))

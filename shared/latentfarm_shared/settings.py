@@ -68,6 +68,16 @@ class _Environment(BaseModel):
     LATENTFARM_CACHE: Path | None = None
     LATENTFARM_DEVICE: str = Field("cpu", pattern=r"^(cpu|cuda(:\d+)?|mps)$")
     LATENTFARM_SLOTS: int = Field(8, ge=1, le=256)
+    LATENTFARM_POLICY: Literal["park", "share"] = "park"
+    LATENTFARM_DETERMINISM: Literal["default", "strict"] = "default"
+    LATENTFARM_DTYPE: Literal["auto", "float32", "float16", "bfloat16"] = "auto"
+    LATENTFARM_CHANNELS_LAST: bool | None = None
+    LATENTFARM_COMPILE: Literal["off", "default", "reduce-overhead", "max-autotune"] = "off"
+    LATENTFARM_OFFLOAD_TEXT: bool = False
+    LATENTFARM_MEMORY_MB: int = Field(0, ge=0)
+    LATENTFARM_CHECKPOINTS_MB: int = Field(0, ge=0)
+    LATENTFARM_UNPUBLISHED_MB: int = Field(256, ge=1)
+    LATENTFARM_UPSCALERS: Path | None = None
     LATENTFARM_GRACE_S: float = Field(20.0, ge=0, le=3600)
     LATENTFARM_LOG_LEVEL: Literal["DEBUG", "INFO", "WARNING", "ERROR"] = "INFO"
     LATENTFARM_LOG_FORMAT: Literal["console", "json"] = "console"
@@ -105,6 +115,16 @@ class Settings(BaseModel):
     s3_region: str
     device: str
     slots: int
+    policy: Literal["park", "share"]
+    determinism: Literal["default", "strict"]
+    dtype: Literal["auto", "float32", "float16", "bfloat16"]
+    channels_last: bool | None
+    compile_mode: Literal["off", "default", "reduce-overhead", "max-autotune"]
+    offload_text: bool
+    memory_mb: int
+    checkpoints_mb: int
+    unpublished_mb: int
+    upscalers: Path
     grace_s: float
     log_level: str
     log_format: str
@@ -140,6 +160,16 @@ class Settings(BaseModel):
                 "s3_region": env.AWS_REGION,
                 "device": env.LATENTFARM_DEVICE,
                 "slots": env.LATENTFARM_SLOTS,
+                "policy": env.LATENTFARM_POLICY,
+                "determinism": env.LATENTFARM_DETERMINISM,
+                "dtype": env.LATENTFARM_DTYPE,
+                "channels_last": env.LATENTFARM_CHANNELS_LAST,
+                "compile_mode": env.LATENTFARM_COMPILE,
+                "offload_text": env.LATENTFARM_OFFLOAD_TEXT,
+                "memory_mb": env.LATENTFARM_MEMORY_MB,
+                "checkpoints_mb": env.LATENTFARM_CHECKPOINTS_MB,
+                "unpublished_mb": env.LATENTFARM_UNPUBLISHED_MB,
+                "upscalers": env.LATENTFARM_UPSCALERS or folder / "upscalers",
                 "grace_s": env.LATENTFARM_GRACE_S,
                 "log_level": env.LATENTFARM_LOG_LEVEL,
                 "log_format": env.LATENTFARM_LOG_FORMAT,

@@ -8,14 +8,22 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from latentfarm_shared.errors import InvalidField, UnknownName, nearest
-from latentfarm_shared.names import resolve_sampler, resolve_schedule
+from latentfarm_shared.names import (
+    LATENT_UPSCALERS,
+    PLAIN_UPSCALERS,
+    EmphasisMode,
+    resolve_sampler,
+    resolve_schedule,
+)
 
 MAX_SEED = 2**32 - 1
 MAX_SPEC_BYTES = 64 * 1024
 
 Lane = Literal["interactive", "batch"]
 Side = Literal["positive", "negative"]
+MAX_EDGE = 4096
 Edge = Annotated[int, Field(ge=64, le=2048, multiple_of=8)]
+ResizeEdge = Annotated[int, Field(ge=8, le=2048)]
 
 
 class EmbeddingUse(BaseModel):
@@ -38,8 +46,124 @@ class EmbeddingUse(BaseModel):
         return cls(name=name.strip(), side=sides[side])
 
 
+Compat = Literal["old_prompt_timelines", "break_as_word", "leave_vectors_behind", "ignore_extra_networks"]
+Fraction = Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)]
+Level = Annotated[float, Field(ge=0, le=1e5, allow_inf_nan=False)]
+
+
+class SamplingOptions(BaseModel):
+    """A1111's settings of samplers, schedules and guidance; the defaults are A1111's, 0 leaves a bound open.
+
+    `eta` is None for a sampler's own default. Names of the A1111 settings are in docs/parameters.md.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    eta: float | None = Field(None, ge=0, le=10, allow_inf_nan=False)
+    s_churn: Level = 0.0
+    s_tmin: Level = 0.0
+    s_tmax: Level = 0.0
+    s_noise: float = Field(1.0, ge=0, le=10, allow_inf_nan=False)
+    sigma_min: Level = 0.0
+    sigma_max: Level = 0.0
+    rho: float = Field(0.0, ge=0, le=100, allow_inf_nan=False)
+    beta_alpha: float = Field(0.6, gt=0, le=10, allow_inf_nan=False)
+    beta_beta: float = Field(0.6, gt=0, le=10, allow_inf_nan=False)
+    discard_penultimate: bool = False
+    old_karras_range: bool = False
+    sgm_noise_multiplier: bool = False
+    round_timesteps: bool = False
+    zero_terminal_snr: bool = False
+    downcast_alphas: bool = False
+    uni_pc_variant: Literal["bh1", "bh2"] = "bh1"
+    uni_pc_skip_type: Literal["time_uniform", "time_quadratic", "logSNR"] = "time_uniform"
+    uni_pc_order: int = Field(3, ge=1, le=10)
+    uni_pc_lower_order_final: bool = True
+    ngms: Level = 0.0
+    ngms_all_steps: bool = False
+    skip_early_cfg: Fraction = 0.0
+    pad_conds: Literal["no", "empty", "v0"] = "no"
+    cfg_rescale: Fraction = 0.0
+
+
+class HiresFix(BaseModel):
+    """A second pass at a larger size, as A1111's hires fix.
+
+    The size is `scale` times the first, or `width` x `height` where given (one of them keeps the proportions). `steps` 0
+    means as many as the first pass; sampler, schedule and prompts are the first pass's unless given.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    scale: float = Field(2.0, ge=1, le=8, allow_inf_nan=False)
+    width: int = Field(0, ge=0, le=4096)
+    height: int = Field(0, ge=0, le=4096)
+    upscaler: str = Field("Latent", min_length=1, max_length=200)
+    steps: int = Field(0, ge=0, le=150)
+    denoising_strength: Fraction = 0.7
+    sampler: str | None = None
+    schedule: str | None = None
+    prompt: str = Field("", max_length=20_000)
+    negative_prompt: str = Field("", max_length=20_000)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _split_legacy_sampler(cls, values: Any) -> Any:
+        return _split_sampler(values, None)
+
+    @field_validator("schedule")
+    @classmethod
+    def _known_schedule(cls, value: str | None) -> str | None:
+        return None if value is None else resolve_schedule(value)
+
+    @field_validator("upscaler")
+    @classmethod
+    def _known_upscaler(cls, value: str) -> str:
+        known = {name.lower(): name for name in (*LATENT_UPSCALERS, *PLAIN_UPSCALERS)}
+        return known.get(value.strip().lower(), value.strip())
+
+    @field_validator("prompt", "negative_prompt")
+    @classmethod
+    def _printable(cls, value: str) -> str:
+        return _printable(value)
+
+    def target(self, width: int, height: int) -> tuple[int, int]:
+        """Return the size in pixels that the first pass is enlarged to cover, before anything is cropped."""
+        if not (self.width or self.height):
+            return int(width * self.scale), int(height * self.scale)
+        if not self.height or (self.width and self.width * height >= self.height * width):
+            return self.width, self.width * height // width
+        return self.height * width // height, self.height
+
+    def crop(self, width: int, height: int) -> tuple[int, int]:
+        """Return by how many latent columns and rows the enlarged first pass exceeds the size asked for."""
+        if not (self.width and self.height):
+            return 0, 0
+        wide, high = self.target(width, height)
+        return (wide - self.width) // 8, (high - self.height) // 8
+
+
+def _split_sampler(values: Any, default_schedule: str | None) -> Any:
+    """Resolve a sampler's name; a legacy suffix (`DPM++ 2M Karras`) becomes the schedule unless one is given."""
+    if not isinstance(values, dict) or not isinstance(values.get("sampler"), str):
+        return values
+    sampler, schedule = resolve_sampler(values["sampler"])
+    if schedule and values.get("schedule", default_schedule) in (None, "Automatic"):
+        values = values | {"schedule": schedule}
+    return values | {"sampler": sampler}
+
+
+def _printable(value: str) -> str:
+    if "\0" in value:
+        raise ValueError("must not hold a null character")
+    return value
+
+
 class JobSpec(BaseModel):
-    """What a user asked for. `seed` is that of the first image; image `i` has `seed + i`, as in A1111."""
+    """What a user asked for. `seed` is that of the first image; image `i` has `seed + i`, as in A1111.
+
+    With a `variation_strength` all images share `seed`, and image `i` has `variation_seed + i`, as there.
+    """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -51,23 +175,28 @@ class JobSpec(BaseModel):
     sampler: str = "Euler"
     schedule: str = "Automatic"
     steps: int = Field(20, ge=1, le=150)
-    cfg_scale: float = Field(7.0, ge=1, le=30, allow_inf_nan=False)
+    cfg_scale: float = Field(7.0, ge=0, le=30, allow_inf_nan=False)
     seed: int = Field(-1, ge=-1, le=MAX_SEED)
+    variation_seed: int = Field(-1, ge=-1, le=MAX_SEED)
+    variation_strength: Fraction = 0.0
+    seed_resize: tuple[ResizeEdge, ResizeEdge] | None = None
+    ensd: int = Field(0, ge=0, le=MAX_SEED)
+    rng: Literal["CPU", "NV"] = "CPU"
     width: Edge = 128
     height: Edge = 128
     clip_skip: int = Field(1, ge=1, le=12)
+    emphasis: EmphasisMode = "Original"
+    tiling: bool = False
+    hires: HiresFix | None = None
+    options: SamplingOptions = SamplingOptions()
+    compat: tuple[Compat, ...] = ()
     count: int = Field(1, ge=1, le=1_000_000)
     lane: Lane = "interactive"
 
     @model_validator(mode="before")
     @classmethod
     def _split_legacy_sampler(cls, values: Any) -> Any:
-        if not isinstance(values, dict) or not isinstance(values.get("sampler"), str):
-            return values
-        sampler, schedule = resolve_sampler(values["sampler"])
-        if schedule and values.get("schedule", "Automatic") == "Automatic":
-            values = values | {"schedule": schedule}
-        return values | {"sampler": sampler}
+        return _split_sampler(values, "Automatic")
 
     @field_validator("schedule")
     @classmethod
@@ -77,15 +206,42 @@ class JobSpec(BaseModel):
     @field_validator("prompt", "negative_prompt")
     @classmethod
     def _printable(cls, value: str) -> str:
-        if "\0" in value:
-            raise ValueError("must not hold a null character")
-        return value
+        return _printable(value)
 
     @model_validator(mode="after")
     def _last_seed_fits(self) -> Self:
-        if self.seed + self.count - 1 > MAX_SEED:
+        first = self.variation_seed if self.variation_strength else self.seed
+        if first + self.count - 1 > MAX_SEED:
             raise ValueError(f"seed + count must stay below {MAX_SEED + 1}")
         return self
+
+    @model_validator(mode="after")
+    def _hires_fits(self) -> Self:
+        if self.hires is not None:
+            wide, high = self.hires.target(self.width, self.height)
+            if max(wide, high) > MAX_EDGE or min(wide, high) < 64:
+                raise ValueError(f"the hires pass would be {wide}x{high}; edges of 64 to {MAX_EDGE} are possible")
+        return self
+
+    @property
+    def prompts(self) -> tuple[tuple[str, str], ...]:
+        """Every prompt with its field's name: the first pass's, then those of a hires pass that has its own."""
+        own = self.hires or HiresFix()
+        named = {
+            "prompt": self.prompt,
+            "negative_prompt": self.negative_prompt,
+            "hires.prompt": own.prompt,
+            "hires.negative_prompt": own.negative_prompt,
+        }
+        return tuple((field, text) for field, text in named.items() if text or not field.startswith("hires"))
+
+    def with_prompts(self, prompts: dict[str, str]) -> Self:
+        """Return the spec with other texts in the fields that `prompts` names."""
+        own = {field: text for field, text in prompts.items() if not field.startswith("hires.")}
+        hires = {field.removeprefix("hires."): text for field, text in prompts.items() if field.startswith("hires.")}
+        if self.hires is not None and hires:
+            return self.model_copy(update=own | {"hires": self.hires.model_copy(update=hires)})
+        return self.model_copy(update=own)
 
     @classmethod
     def check(cls, values: dict[str, Any], line: int | None = None) -> Self:
@@ -127,6 +283,7 @@ class ImageSpec(BaseModel):
 
     index: int
     seed: int
+    variation_seed: int = 0
     job: JobSpec
 
 
@@ -138,6 +295,8 @@ def expand(spec: JobSpec, index: int) -> ImageSpec:
     """
     if not 0 <= index < spec.count:
         raise IndexError(index)
+    if spec.variation_strength:
+        return ImageSpec(index=index, seed=spec.seed, variation_seed=spec.variation_seed + index, job=spec)
     return ImageSpec(index=index, seed=spec.seed + index, job=spec)
 
 

@@ -1,25 +1,23 @@
-"""A1111 v1.10.1's own numbers: attention, chunks, sigmas, noise, quoting."""
-
-from typing import Any
+"""A1111 v1.10.1's own numbers: attention, chunks, timetables, sigmas, infotext."""
 
 import pytest
 import torch
-from diffusers import DDPMScheduler
-from latentfarm_shared.infotext import quote
+from latentfarm_shared.infotext import quote, read_infotext, unquote
 from latentfarm_shared.prompts.attention import parse_attention
-from latentfarm_shared.prompts.chunks import chunk_prompt
+from latentfarm_shared.prompts.chunks import Reading, chunk_prompt
+from latentfarm_shared.prompts.editing import Timeline, timetable
+from latentfarm_shared.prompts.language import split_and
 from latentfarm_shared.prompts.matching import NameMatcher
 from latentfarm_shared.prompts.tokens import ClipTokenizer
-from latentfarm_shared.specs import JobSpec, expand
-from latentfarm_worker.operations import Conditioning, Denoise, Encode
-from latentfarm_worker.renders import RenderRequest, txt2img
-from latentfarm_worker.schedules import SCHEDULES, NoiseModel, sigmas_for
+from latentfarm_shared.specs import SamplingOptions
+from latentfarm_worker.sampling.noise import ImageNoise, NoiseRecipe
+from latentfarm_worker.sampling.noise_model import NoiseModel
+from latentfarm_worker.sampling.schedules import sigmas_for
 
 from tests.conftest import embedding, vectors
 
-# Known faults of A1111 that are not reproduced: a number it cannot read raises, BREAK in brackets becomes a word,
-# comma backtracking leaves an embedding's vectors behind.
-FAULTS = ("(a:1..2)", "(a BREAK b:1.3)")
+RAISES = "(a:1..2)"  # A1111 raises on a number it cannot read; here it is text
+EXACT = Reading(break_as_word=True, leave_vectors_behind=True)
 
 
 def weighted_text(pairs: list[tuple[str, float]]) -> list[tuple[str, float]]:
@@ -29,9 +27,10 @@ def weighted_text(pairs: list[tuple[str, float]]) -> list[tuple[str, float]]:
 
 def test_attention_agrees_with_every_case() -> None:
     for case in vectors("a1111_attention.json"):
-        if case["in"] in FAULTS:
+        if case["in"] == RAISES:
             continue
-        found = [("BREAK", -1.0) if s.is_break else (s.text, s.weight) for s in parse_attention(case["in"])]
+        parsed = parse_attention(case["in"], break_as_word=True)
+        found = [("BREAK", -1.0) if s.is_break else (s.text, s.weight) for s in parsed]
 
         assert weighted_text(found) == weighted_text([(t, w) for t, w in case["out"]]), case["in"]
 
@@ -40,10 +39,9 @@ def test_chunks_agree_with_every_case(clip_tokenizer: ClipTokenizer) -> None:
     table = vectors("a1111_chunks.json")
     matcher = NameMatcher(clip_tokenizer, [embedding(name, n, 768) for name, n in table["embeddings"].items()])
     for case in table["cases"]:
-        fault = case["in"] in FAULTS or ("badhandv4" in case["in"] and len(case["in"].split()) > 70)
-        if fault:
+        if case["in"] == RAISES:
             continue
-        chunks = chunk_prompt(case["in"], clip_tokenizer, matcher)
+        chunks = chunk_prompt(case["in"], clip_tokenizer, matcher, EXACT)
 
         assert [list(c.tokens) for c in chunks] == [c["tokens"] for c in case["chunks"]], case["in"]
         assert [list(c.weights) for c in chunks] == [pytest.approx(c["multipliers"]) for c in case["chunks"]]
@@ -61,18 +59,35 @@ def test_backtracking_takes_an_embedding_along(clip_tokenizer: ClipTokenizer) ->
     assert [(p.position, p.rows) for p in second.placements] == [(2, 6)]
 
 
+def test_timetables_agree_with_every_case() -> None:
+    for case in vectors("a1111_schedule.json"):
+        hires = case["hires_steps"]
+        timeline = Timeline(hires or case["steps"], case["steps"] if hires else None, case["old"])
+
+        found = [[entry.end_at_step, entry.text] for entry in timetable(case["in"], timeline)]
+
+        assert found == case["out"], case
+
+
+def test_parts_of_and_agree_with_every_case() -> None:
+    for case in vectors("a1111_multicond.json"):
+        assert split_and(case["in"]) == [(case["flat"][at], weight) for at, weight in case["indexes"][0]]
+
+
 @pytest.fixture(scope="module")
 def noise_model() -> NoiseModel:
-    scheduler = DDPMScheduler(
-        beta_schedule="scaled_linear", beta_start=0.00085, beta_end=0.012, num_train_timesteps=1000
-    )
-    return NoiseModel.from_alphas(scheduler.alphas_cumprod)
+    betas = torch.linspace(0.00085**0.5, 0.012**0.5, 1000, dtype=torch.float64) ** 2
+    return NoiseModel((1 - betas).cumprod(0).float())
 
 
-@pytest.mark.parametrize("schedule", SCHEDULES)
-def test_sigmas_agree(noise_model: NoiseModel, schedule: str) -> None:
+def test_sigmas_agree(noise_model: NoiseModel) -> None:
     for steps, expected in vectors("a1111_sigmas.json")["schedules"].items():
-        assert sigmas_for(schedule, noise_model, int(steps)) == pytest.approx(expected[schedule], rel=2e-6)
+        for schedule, sigmas in expected.items():
+            name, _, family = schedule.partition(" (")
+            family = "sdxl" if family.startswith("SDXL") else "sd1"
+            found = sigmas_for("Euler", name, noise_model, int(steps), SamplingOptions(), family)
+
+            assert found == pytest.approx(sigmas, rel=2e-4), schedule
 
 
 def test_training_step_is_the_inverse_of_sigma(noise_model: NoiseModel) -> None:
@@ -81,38 +96,34 @@ def test_training_step_is_the_inverse_of_sigma(noise_model: NoiseModel) -> None:
         assert noise_model.step_at(sigma) == pytest.approx(step, abs=1e-2)
 
 
-def noise_of_a_render(noise_model: NoiseModel, seed: int, shape: list[int]) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return the initial noise of a render and that of its first ancestral step, read off what it yields."""
-    spec = JobSpec(prompt="", sampler="Euler a", steps=2, seed=seed, width=shape[2] * 8, height=shape[1] * 8)
-    request = RenderRequest((), (), expand(spec, 0))
-    render = txt2img(request, noise_model)
-    conditioning = Conditioning(torch.zeros(77, 4))
-    assert isinstance(next(render), Encode)
-    assert isinstance(render.send(conditioning), Encode)
-    start = render.send(conditioning)
-    assert isinstance(start, Denoise)
-    after = render.send(torch.zeros(shape))
-    assert isinstance(after, Denoise)
-    sigma, next_sigma = start.sigma, after.sigma
-    up = (next_sigma**2 * (sigma**2 - next_sigma**2) / sigma**2) ** 0.5
-    down = (next_sigma**2 - up**2) ** 0.5
-    return start.latent / sigma, (after.latent - start.latent * down / sigma) / up
-
-
-def test_noise_of_a_seed_agrees(noise_model: NoiseModel) -> None:
-    cases: list[dict[str, Any]] = [c for c in vectors("a1111_rng.json") if c["source"] == "CPU" and len(c) == 7]
+def test_noise_of_every_source_agrees() -> None:
     checked = 0
-    for case in cases:
-        if len(case["seeds"]) != 1 or case["ensd"]:
+    for case in vectors("a1111_rng.json"):
+        if len(case["seeds"]) != 1 or "subseeds" in case or len(case) > 8:
             continue
-        first, second = noise_of_a_render(noise_model, case["seeds"][0], case["shape"])
-        assert first.flatten()[:8].tolist() == pytest.approx(case["first8"], abs=1e-6)
-        assert second.flatten()[:8].tolist() == pytest.approx(case["second8"], abs=1e-3)
+        noise = ImageNoise(NoiseRecipe(case["seeds"][0], case["source"], ensd=case["ensd"]), tuple(case["shape"]))
+        first, second = noise.initial(), noise.fresh()
+        assert first.flatten()[:8].tolist() == pytest.approx(case["first8"], abs=1e-5)
+        assert second.flatten()[:8].tolist() == pytest.approx(case["second8"], abs=1e-5)
         checked += 1
 
-    assert checked
+    assert checked > 4
 
 
 def test_quoting_agrees() -> None:
-    for case in vectors("a1111_infotext.json")["quote"]:
+    table = vectors("a1111_infotext.json")
+    for case in table["quote"]:
         assert quote(case["in"]) == str(case["out"])
+    for case in table["unquote"]:
+        assert unquote(case["in"]) == case["out"]
+
+
+def test_reading_agrees_with_every_case() -> None:
+    for case in vectors("a1111_infotext.json")["parse"]:
+        found = read_infotext(case["in"])
+
+        expected = {key: str(value) for key, value in case["out"].items()}
+        assert (found.prompt, found.negative_prompt) == (expected.pop("Prompt"), expected.pop("Negative prompt"))
+        for key, value in found.fields.items():
+            if key != "Hashes":  # Civitai's raw JSON, which A1111 breaks at its first comma
+                assert value == expected[key], case["in"]

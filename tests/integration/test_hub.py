@@ -8,10 +8,10 @@ from pathlib import Path
 from threading import Thread
 
 import pytest
-from latentfarm.checkpoints import is_hub_id
 from latentfarm.farm import Farm
 from latentfarm.library import Models
 from latentfarm_demo import CHECKPOINT
+from latentfarm_shared.checkpoints import is_hub_id
 from latentfarm_shared.errors import Unavailable, UnreadableFile
 from latentfarm_worker.fetch import fetch_checkpoint
 

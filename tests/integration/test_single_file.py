@@ -5,9 +5,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from latentfarm.checkpoints import describe_single_file
 from latentfarm.farm import Farm
 from latentfarm_demo import CHECKPOINT
+from latentfarm_shared.checkpoints import describe_single_file
 from latentfarm_shared.errors import UnreadableFile
 from latentfarm_shared.prompts.chunks import chunk_prompt
 from latentfarm_shared.prompts.matching import NameMatcher
@@ -15,7 +15,9 @@ from latentfarm_shared.records import CheckpointRecord
 from latentfarm_worker.bank import EmbeddingBank
 from latentfarm_worker.checkpoint import Checkpoint
 from latentfarm_worker.fetch import fetch_checkpoint
-from latentfarm_worker.operations import Decode, Denoise, Encode
+from latentfarm_worker.loading import load_checkpoint
+from latentfarm_worker.operations import Decode, Denoise, Encode, Side
+from latentfarm_worker.runtime import Runtime
 from safetensors.torch import load_file, save_file
 
 RESNET = {
@@ -74,15 +76,15 @@ def single_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def render(checkpoint: Checkpoint) -> torch.Tensor:
     """Run each part once."""
     chunks = chunk_prompt("a girl", checkpoint.tokenizer, NameMatcher(checkpoint.tokenizer, ()))
-    (prompt,) = checkpoint.encode([Encode(tuple(chunks), 1)])
+    ((prompt,),) = checkpoint.encode([Encode((chunks,))])
     latent = torch.randn(4, 16, 16, generator=torch.Generator().manual_seed(1))
-    (denoised,) = checkpoint.denoise([Denoise(latent * 5, 5.0, prompt, prompt, 1.0)])
-    return checkpoint.decode([Decode(denoised)])[0]
+    (denoised,) = checkpoint.denoise([Denoise(latent * 5, checkpoint.noise.at_sigma(5.0), (Side(prompt, 1.0),))])
+    return checkpoint.decode([Decode(denoised)])[0].pixels
 
 
 def load(servers: Farm, record: CheckpointRecord, cache: Path) -> Checkpoint:
     folder = fetch_checkpoint(record, servers.registry, cache)
-    return Checkpoint(record, folder, EmbeddingBank(servers.registry), "cpu")
+    return load_checkpoint(record, folder, EmbeddingBank(servers.registry), Runtime())
 
 
 def test_single_file_renders_as_its_folder_does(servers: Farm, single_file: Path, tmp_path: Path) -> None:

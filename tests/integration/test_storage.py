@@ -5,9 +5,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from latentfarm.checkpoints import describe_folder
 from latentfarm.farm import Farm
 from latentfarm_demo import CHECKPOINT
+from latentfarm_shared.checkpoints import describe_folder
 from latentfarm_shared.embeddings.files import parse_embedding
 from latentfarm_shared.errors import Unavailable, UnknownName, UnreadableFile
 from latentfarm_shared.storage import MissingObject, ObjectConflict, ObjectStore

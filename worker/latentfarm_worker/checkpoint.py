@@ -1,150 +1,369 @@
-"""A loaded checkpoint and the three things the engine asks of it: encode, denoise, decode, each in batches."""
+"""A loaded checkpoint and what the engine asks of it, each in batches: encode, denoise, decode, encode pixels, enlarge."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from pathlib import Path
+import copy
+from collections import OrderedDict
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import torch
-from diffusers import AutoencoderKL, DDPMScheduler, UNet2DConditionModel
 from latentfarm_shared.prompts.tokens import ClipTokenizer
-from latentfarm_shared.records import CheckpointRecord
-from torch import Tensor
-from transformers import CLIPTextModel
+from torch import Tensor, nn
 
-from latentfarm_worker.bank import EmbeddingBank
-from latentfarm_worker.injection import Injection, injected
-from latentfarm_worker.operations import Conditioning, Decode, Denoise, Encode
-from latentfarm_worker.schedules import NoiseModel
+from latentfarm_worker.operations import (
+    Conditioning,
+    Decode,
+    Denoise,
+    Encode,
+    EncodePixels,
+    Enlarge,
+    Picture,
+    Side,
+)
+from latentfarm_worker.prompts import LaidPart
+from latentfarm_worker.runtime import Runtime
+from latentfarm_worker.sampling.noise_model import NoiseModel
+from latentfarm_worker.text import TextEncoder
+
+CACHE_BYTES = 256 * 2**20
 
 
 class Model(Protocol):
     """What the engine needs of a checkpoint; the tests hand in a smaller one."""
 
-    def encode(self, batch: Sequence[Encode]) -> list[Conditioning]:
-        """Encode prompts."""
+    name: str
+
+    def encode(self, batch: Sequence[Encode]) -> Sequence[tuple[Conditioning, ...]]:
+        """Encode texts."""
         ...
 
-    def denoise(self, batch: Sequence[Denoise]) -> list[Tensor]:
-        """Predict clean latents."""
+    def denoise(self, batch: Sequence[Denoise]) -> Sequence[Tensor]:
+        """Ask the UNet."""
         ...
 
-    def decode(self, batch: Sequence[Decode]) -> list[Tensor]:
+    def decode(self, batch: Sequence[Decode]) -> Sequence[Picture]:
         """Turn latents into pixels."""
         ...
 
+    def encode_pixels(self, batch: Sequence[EncodePixels]) -> Sequence[Tensor]:
+        """Turn pixels into latents."""
+        ...
+
+    def enlarge(self, batch: Sequence[Enlarge]) -> Sequence[Tensor]:
+        """Enlarge tiles."""
+        ...
+
+
+class Upscaler(Protocol):
+    """An upscaler model: `[B, 3, h, w]` in, larger out."""
+
+    def __call__(self, tiles: Tensor) -> Tensor:
+        """Enlarge."""
+        ...
+
+
+class NoUpscalers(Mapping[str, Upscaler]):
+    """A library without upscaler models."""
+
+    def __getitem__(self, key: str) -> Upscaler:
+        """Hold nothing."""
+        raise KeyError(key)
+
+    def __iter__(self) -> Iterator[str]:
+        """Hold nothing."""
+        return iter(())
+
+    def __len__(self) -> int:
+        """Hold nothing."""
+        return 0
+
+
+@dataclass(frozen=True, eq=False)
+class Parts:
+    """What a checkpoint is made of, on its device."""
+
+    encoders: Sequence[TextEncoder]
+    unet: Any
+    vae: Any
+    noise: NoiseModel
+    tokenizer: ClipTokenizer
+    family: str
+
+
+@dataclass
+class ConditioningCache:
+    """Encoded texts by everything that decides them, the least recently used given up first."""
+
+    limit_bytes: int = CACHE_BYTES
+    hits: int = 0
+    misses: int = 0
+    _bytes: int = 0
+    _held: OrderedDict[tuple[object, ...], tuple[Conditioning, ...]] = field(default_factory=OrderedDict)
+
+    def get(self, key: tuple[object, ...]) -> tuple[Conditioning, ...] | None:
+        """Return what is held for a key, and count."""
+        found = self._held.get(key)
+        if found is None:
+            self.misses += 1
+            return None
+        self.hits += 1
+        self._held.move_to_end(key)
+        return found
+
+    def put(self, key: tuple[object, ...], value: tuple[Conditioning, ...]) -> None:
+        """Hold a value."""
+        if key in self._held:
+            return
+        self._held[key] = value
+        self._bytes += _bytes_of(value)
+        while self._bytes > self.limit_bytes and len(self._held) > 1:
+            self._bytes -= _bytes_of(self._held.popitem(last=False)[1])
+
+
+def _bytes_of(conditionings: tuple[Conditioning, ...]) -> int:
+    return sum(c.tokens.numel() * c.tokens.element_size() for c in conditionings)
+
 
 class Checkpoint:
-    """Stable Diffusion 1's parts on one device. Used by the engine's thread alone."""
+    """A Stable Diffusion checkpoint on one device. Used by the engine's thread alone, but for its plain attributes."""
 
-    def __init__(self, record: CheckpointRecord, folder: Path, bank: EmbeddingBank, device: str) -> None:
-        """Load a fetched checkpoint. fp16 on CUDA (not measured on this project's machines), fp32 elsewhere."""
-        dtype = torch.float16 if device.startswith("cuda") else torch.float32
-        self.record, self._bank, self._device, self._dtype = record, bank, device, dtype
-        self.tokenizer = ClipTokenizer(folder / "tokenizer/vocab.json", folder / "tokenizer/merges.txt")
-        load = _load_folder if record.layout == "diffusers" else _load_single_file
-        self._text_encoder, self._unet, self._vae = (part.to(device).eval() for part in load(folder, dtype))
-        alphas = DDPMScheduler.from_pretrained(folder / "scheduler").alphas_cumprod
-        self.noise = NoiseModel.from_alphas(alphas)
-        self._encoder_name = next(iter(record.widths))
+    def __init__(
+        self, name: str, parts: Parts, runtime: Runtime, upscalers: Mapping[str, Upscaler] | None = None
+    ) -> None:
+        """Take parts that are on the device already; `upscalers` are models by name."""
+        self.name, self.tokenizer, self.family, self.noise = name, parts.tokenizer, parts.family, parts.noise
+        self.device, self.is_precise = runtime.device, runtime.dtype == torch.float32
+        self.cache = ConditioningCache()
+        self._parts, self._runtime, self._upscalers = parts, runtime, upscalers or NoUpscalers()
+        self._precise: dict[str, Any] = {}
+        self._tiled: dict[int, bool] = {}
+
+    @property
+    def bytes(self) -> int:
+        """How much memory its weights take."""
+        modules = [*(encoder.module for encoder in self._parts.encoders), self._parts.unet, self._parts.vae]
+        return sum(p.numel() * p.element_size() for module in modules for p in module.parameters())
+
+    def wants_zero(self, negative: LaidPart) -> bool:
+        """Tell whether a negative prompt stands for zeros: an empty one does in SDXL."""
+        return self.family == "sdxl" and all(not chunk.length for text in negative.texts for chunk in text)
+
+    # ---- text
 
     @torch.inference_mode()
-    def encode(self, batch: Sequence[Encode]) -> list[Conditioning]:
-        """Encode the chunks of every prompt in one call, with their embeddings, and prove these went in.
+    def encode(self, batch: Sequence[Encode]) -> list[tuple[Conditioning, ...]]:
+        """Encode the texts of every timetable that is not cached, in one call, and prove their embeddings went in.
 
         Raises:
-            EmbeddingNotApplied: an embedding did not enter the encoder.
+            EmbeddingNotApplied: an embedding did not enter an encoder.
         """
-        chunks = [chunk for item in batch for chunk in item.chunks]
-        ids = torch.tensor([chunk.tokens for chunk in chunks], device=self._device)
-        weights = torch.tensor([chunk.weights for chunk in chunks], device=self._device, dtype=self._dtype)
-        injection = Injection([chunk.placements for chunk in chunks], self._bank, self._encoder_name)
-        with injected(self._text_encoder.get_input_embeddings(), injection):
-            states = self._encode_ids(ids, batch[0].clip_skip)
-        injection.prove()
-        weighted = _emphasise(states, weights)
-        split = weighted.split([len(item.chunks) for item in batch])
-        return [Conditioning(part.flatten(0, 1)) for part in split]
+        found = {item.key: self.cache.get(item.key) for item in batch}
+        missing = {item.key: item for item in batch if found[item.key] is None}
+        if missing:
+            for key, value in zip(missing, self._encode_all(list(missing.values())), strict=True):
+                self.cache.put(key, value)
+                found[key] = value
+        return [result for item in batch if (result := found[item.key]) is not None]
 
-    def _encode_ids(self, ids: Tensor, clip_skip: int) -> Tensor:
-        output = self._text_encoder(input_ids=ids, output_hidden_states=clip_skip > 1)
-        if clip_skip == 1:
-            last: Tensor = output.last_hidden_state
-            return last
-        skipped: Tensor = self._text_encoder.final_layer_norm(output.hidden_states[-clip_skip])
-        return skipped
+    def _encode_all(self, batch: Sequence[Encode]) -> list[tuple[Conditioning, ...]]:
+        """Encode every distinct chunk once for each clip skip, then put the texts together."""
+        encoded = {skip: self._encode_chunks(batch, skip) for skip in {item.clip_skip for item in batch}}
+        return [_assemble(item, encoded[item.clip_skip]) for item in batch]
+
+    def _encode_chunks(self, batch: Sequence[Encode], skip: int) -> dict[tuple[object, ...], list[_EncodedChunk]]:
+        """Return what each encoder makes of each chunk, by the chunk's key."""
+        chunks = {chunk.key: chunk for item in batch if item.clip_skip == skip for text in item.texts for chunk in text}
+        encoded: dict[tuple[object, ...], list[_EncodedChunk]] = {key: [] for key in chunks}
+        for encoder in self._parts.encoders:
+            for keys in self._runtime.fixed(list(chunks)):
+                answer = encoder.encode([chunks[key] for key in keys], skip)
+                for i, key in enumerate(dict.fromkeys(keys)):
+                    pooled = None if answer.pooled is None else answer.pooled[i].float().to(self.device)
+                    states = answer.states[i].float().to(self.device)
+                    encoded[key].append(_EncodedChunk(states, pooled, answer.applied[i]))
+        return encoded
+
+    # ---- UNet
 
     @torch.inference_mode()
     def denoise(self, batch: Sequence[Denoise]) -> list[Tensor]:
-        """Run the UNet once for the positive and negative side of every image, and guide."""
-        latents = torch.stack([item.latent for item in batch]).to(self._device)
-        sigmas = torch.tensor([item.sigma for item in batch], device=self._device)
-        steps = torch.tensor([self.noise.step_at(item.sigma) for item in batch], device=self._device)
-        positive = torch.stack([item.positive.tokens for item in batch])
-        scaled = latents / (sigmas.view(-1, 1, 1, 1) ** 2 + 1).sqrt()
-        if batch[0].cfg_scale == 1:
-            guided = self._predict(scaled, steps, positive)
-        else:
-            negative = torch.stack([item.negative.tokens for item in batch])
-            with_prompt, without = self._predict_both(scaled, steps, positive, negative)
-            scale = torch.tensor([item.cfg_scale for item in batch], device=self._device).view(-1, 1, 1, 1)
-            guided = without + scale * (with_prompt - without)
-        denoised = self._to_clean(latents, guided, sigmas.view(-1, 1, 1, 1))
-        return list(denoised.cpu())
+        """Ask the UNet about all sides of all images, texts of one length in one call, and mix the answers."""
+        latents = torch.stack([item.latent for item in batch])
+        scalings = [item.scaling for item in batch]
+        numbers = torch.tensor(
+            [[s.shrink, s.keep, s.gain, s.step] for s in scalings], dtype=torch.float32, device=latents.device
+        )
+        shrink, keep, gain = (numbers[:, i].view(-1, 1, 1, 1) for i in range(3))
+        sides = [(i, side) for i, item in enumerate(batch) for side in item.sides]
+        owners = torch.tensor([owner for owner, _ in sides], device=latents.device)
+        inputs = latents if all(s.shrink == 1 for s in scalings) else latents * shrink
+        answers = self._ask(inputs, numbers[:, 3], sides, batch[0])
+        clean = answers * gain[owners]
+        clean += latents[owners] if all(s.keep == 1 for s in scalings) else latents[owners] * keep[owners]
+        results = list(_mixed(clean, sides, batch))
+        for i, item in enumerate(batch):
+            if item.keeps_last:
+                results[i] = torch.stack([results[i], clean[_bases(sides)[i]]])
+        return results
 
-    def _predict_both(self, scaled: Tensor, steps: Tensor, positive: Tensor, negative: Tensor) -> tuple[Tensor, Tensor]:
-        if positive.shape != negative.shape:
-            return self._predict(scaled, steps, positive), self._predict(scaled, steps, negative)
-        both = self._predict(torch.cat([scaled] * 2), torch.cat([steps] * 2), torch.cat([positive, negative]))
-        with_prompt, without = both.chunk(2)
-        return with_prompt, without
+    def _ask(self, inputs: Tensor, steps: Tensor, sides: Sequence[tuple[int, Side]], like: Denoise) -> Tensor:
+        """Return the UNet's answer to every side, `[sides, 4, h, w]`, float32."""
+        unet = self._part("unet", precise=like.precise)
+        self._set_tiling(unet, tiling=like.tiling)
+        dtype = torch.float32 if like.precise else self._runtime.dtype
+        lengths: dict[int, list[int]] = {}
+        for row, (_, side) in enumerate(sides):
+            lengths.setdefault(len(side.conditioning.tokens), []).append(row)
+        answers = torch.empty((len(sides), *inputs.shape[1:]), device=inputs.device)
+        for rows in lengths.values():
+            for some in self._runtime.fixed(rows):
+                owners = [sides[row][0] for row in some]
+                tokens = torch.stack([sides[row][1].conditioning.tokens for row in some])
+                extra = self._size_conditioning([sides[row][1].conditioning for row in some], inputs, dtype)
+                asked = self._runtime.laid_out(inputs[owners].to(dtype))
+                answer = unet(asked, steps[owners], tokens.to(dtype), added_cond_kwargs=extra, return_dict=False)[0]
+                answers[some] = answer.float()
+        return answers
 
-    def _predict(self, scaled: Tensor, steps: Tensor, conditioning: Tensor) -> Tensor:
-        predicted: Tensor = self._unet(scaled.to(self._dtype), steps, conditioning).sample
-        return predicted.float()
+    @staticmethod
+    def _size_conditioning(
+        conditionings: list[Conditioning], inputs: Tensor, dtype: torch.dtype
+    ) -> dict[str, Tensor] | None:
+        """Return SDXL's pooled texts and sizes: original, crop and target, all of this pass."""
+        if conditionings[0].pooled is None:
+            return None
+        high, wide = inputs.shape[-2] * 8, inputs.shape[-1] * 8
+        sizes = torch.tensor([[high, wide, 0, 0, high, wide]], dtype=dtype, device=inputs.device)
+        pooled = torch.stack([c.pooled for c in conditionings if c.pooled is not None])
+        return {"text_embeds": pooled.to(dtype), "time_ids": sizes.repeat(len(conditionings), 1)}
 
-    def _to_clean(self, latents: Tensor, predicted: Tensor, sigmas: Tensor) -> Tensor:
-        if self.record.prediction_type == "v_prediction":
-            scale = sigmas**2 + 1
-            return latents / scale - predicted * sigmas / scale.sqrt()
-        return latents - predicted * sigmas
+    # ---- VAE
 
     @torch.inference_mode()
-    def decode(self, batch: Sequence[Decode]) -> list[Tensor]:
-        """Decode latents to `[H, W, 3]` uint8, rounding as A1111 does (truncation)."""
-        latents = torch.stack([item.latent for item in batch]).to(self._device, self._dtype)
-        pixels = self._vae.decode(latents / self._vae.config.scaling_factor).sample.float()
-        scaled = ((pixels + 1) / 2).clamp(0, 1) * 255
-        return list(scaled.permute(0, 2, 3, 1).to(torch.uint8).cpu())
+    def decode(self, batch: Sequence[Decode]) -> list[Picture]:
+        """Decode latents, rounding as A1111 does (truncation)."""
+        vae = self._part("vae", precise=batch[0].precise)
+        self._set_tiling(vae, tiling=batch[0].tiling)
+        dtype = torch.float32 if batch[0].precise else self._runtime.vae_dtype
+        pictures: list[Picture] = []
+        for some in self._runtime.fixed(batch, size=1):
+            latents = torch.stack([item.latent for item in some]) / vae.config.scaling_factor
+            pixels = vae.decode(self._runtime.laid_out(latents.to(dtype)), return_dict=False)[0].float()
+            finite = pixels.isfinite().flatten(1).all(1).tolist()
+            scaled = (((pixels + 1) / 2).clamp(0, 1) * 255).permute(0, 2, 3, 1).nan_to_num().to(torch.uint8).cpu()
+            pictures += [Picture(p.contiguous(), ok) for p, ok in zip(scaled, finite, strict=True)]
+        return pictures
+
+    @torch.inference_mode()
+    def encode_pixels(self, batch: Sequence[EncodePixels]) -> list[Tensor]:
+        """Encode pictures to latents, the sample from the posterior that their noise picks."""
+        vae = self._parts.vae
+        self._set_tiling(vae, tiling=batch[0].tiling)
+        latents: list[Tensor] = []
+        for some in self._runtime.fixed(batch, size=1):
+            pixels = torch.stack([item.pixels for item in some]).to(self.device).permute(0, 3, 1, 2).float()
+            asked = self._runtime.laid_out((pixels / 255 * 2 - 1).to(self._runtime.vae_dtype))
+            posterior = vae.encode(asked, return_dict=False)[0]
+            noise = torch.stack([item.noise for item in some]).to(self.device)
+            latents += list((posterior.mean.float() + posterior.std.float() * noise) * vae.config.scaling_factor)
+        return latents
+
+    @torch.inference_mode()
+    def enlarge(self, batch: Sequence[Enlarge]) -> list[Tensor]:
+        """Run an upscaler model over tiles."""
+        model = self._upscalers[batch[0].upscaler]
+        tiles = torch.stack([item.tile for item in batch]).to(self.device)
+        return list(model(tiles).float().cpu())
+
+    # ---- modules
+
+    def _part(self, name: str, *, precise: bool) -> Any:
+        """Return a module, or its copy in float32, which is made when first needed."""
+        module = getattr(self._parts, name)
+        if not precise or self.is_precise:
+            return module
+        if name not in self._precise:
+            self._precise[name] = copy.deepcopy(module).float()
+        return self._precise[name]
+
+    def _set_tiling(self, module: nn.Module, *, tiling: bool) -> None:
+        """Let convolutions wrap around, so that pictures tile (A1111's Tiling)."""
+        if self._tiled.get(id(module), False) == tiling:
+            return
+        for layer in module.modules():
+            if isinstance(layer, nn.Conv2d):
+                layer.padding_mode = "circular" if tiling else "zeros"
+        self._tiled[id(module)] = tiling
 
 
-def _load_folder(folder: Path, dtype: torch.dtype) -> tuple[Any, Any, Any]:
-    """Load text encoder, UNet and VAE from a diffusers folder."""
-    return (
-        CLIPTextModel.from_pretrained(folder / "text_encoder", dtype=dtype),
-        UNet2DConditionModel.from_pretrained(folder / "unet", torch_dtype=dtype),
-        AutoencoderKL.from_pretrained(folder / "vae", torch_dtype=dtype),
-    )
+@dataclass(frozen=True, eq=False)
+class _EncodedChunk:
+    states: Tensor
+    pooled: Tensor | None
+    applied: frozenset[str]
 
 
-def _load_single_file(folder: Path, dtype: torch.dtype) -> tuple[Any, Any, Any]:
-    """Load the same from `model.safetensors` in the original layout, configured by the folder it lies in."""
-    from diffusers import StableDiffusionPipeline  # noqa: PLC0415 - imports far more than the three parts
+def _assemble(item: Encode, encoded: dict[tuple[object, ...], list[_EncodedChunk]]) -> tuple[Conditioning, ...]:
+    """Put texts together from their chunks: weigh each encoder's states, join the encoders, then the chunks.
 
-    pipeline = StableDiffusionPipeline.from_single_file(
-        str(folder / "model.safetensors"),
-        config=str(folder),
-        torch_dtype=dtype,
-        local_files_only=True,
-        safety_checker=None,
-        feature_extractor=None,
-    )
-    return pipeline.text_encoder, pipeline.unet, pipeline.vae
+    The pooled vector is that of the last encoder's first chunk, unweighted.
+    """
+    columns: list[Tensor] = []
+    for number in range(len(item.texts[0])):
+        column = [text[number] for text in item.texts]
+        weights = torch.tensor([chunk.weights for chunk in column])
+        encoders = zip(*(encoded[chunk.key] for chunk in column), strict=True)
+        weighed = [emphasise(torch.stack([e.states for e in found]), weights, item.emphasis) for found in encoders]
+        columns.append(torch.cat(weighed, dim=-1))
+    joined = torch.cat(columns, dim=1)
+    results = []
+    for text, tokens in zip(item.texts, joined, strict=True):
+        applied = frozenset(name for chunk in text for e in encoded[chunk.key] for name in e.applied)
+        pooled = encoded[text[0].key][-1].pooled
+        result = Conditioning(tokens, pooled, applied)
+        results.append(_zeros_like(result) if item.zero else result)
+    return tuple(results)
 
 
-def _emphasise(states: Tensor, weights: Tensor) -> Tensor:
-    """Weigh `states: [chunks, 77, width]` by `weights: [chunks, 77]` and restore each chunk's mean (A1111's Original)."""
-    weighted = states * weights[..., None]
-    scale = states.mean((1, 2), keepdim=True) / weighted.mean((1, 2), keepdim=True)
-    return torch.where((weights == 1).all(1)[:, None, None], states, weighted * scale)
+def _zeros_like(conditioning: Conditioning) -> Conditioning:
+    pooled = None if conditioning.pooled is None else torch.zeros_like(conditioning.pooled)
+    return Conditioning(torch.zeros_like(conditioning.tokens), pooled, conditioning.applied)
+
+
+def emphasise(states: Tensor, weights: Tensor, mode: str) -> Tensor:
+    """Weigh `states: [texts, 77, width]` by `weights: [texts, 77]` in one of A1111's modes.
+
+    Original restores the mean over all texts of the timetable; No norm does not; Ignore and None weigh nothing.
+    """
+    if mode in ("Ignore", "None") or bool((weights == 1).all()):
+        return states
+    weighted = states * weights[..., None].to(states.device)
+    return weighted * (states.mean() / weighted.mean()) if mode == "Original" else weighted
+
+
+def _bases(sides: Sequence[tuple[int, Side]]) -> list[int]:
+    """Return for each image the row of its last side, which the others are seen from."""
+    return list({owner: row for row, (owner, _) in enumerate(sides)}.values())
+
+
+def _mixed(clean: Tensor, sides: Sequence[tuple[int, Side]], batch: Sequence[Denoise]) -> Tensor:
+    """Mix `clean: [sides, 4, h, w]` to one latent an image: the last side's plus the others' differences to it."""
+    bases = _bases(sides)
+    mixed = clean[bases]
+    others = [row for row in range(len(sides)) if row not in set(bases)]
+    if others:
+        owners = torch.tensor([sides[row][0] for row in others], device=clean.device)
+        shares = torch.tensor([sides[row][1].share for row in others], device=clean.device).view(-1, 1, 1, 1)
+        mixed = mixed.index_add(0, owners, (clean[others] - mixed[owners]) * shares)
+    return _rescaled(mixed, clean, sides, batch) if any(item.rescale for item in batch) else mixed
+
+
+def _rescaled(mixed: Tensor, clean: Tensor, sides: Sequence[tuple[int, Side]], batch: Sequence[Denoise]) -> Tensor:
+    """Pull the spread of each mix back toward that of its first positive side (arXiv:2305.08891, section 3.4)."""
+    first = {owner: row for row, (owner, _) in reversed(list(enumerate(sides)))}
+    positive = clean[[first[i] for i in range(len(batch))]]
+    spread = positive.std((1, 2, 3), keepdim=True) / mixed.std((1, 2, 3), keepdim=True)
+    share = torch.tensor([item.rescale for item in batch], device=mixed.device).view(-1, 1, 1, 1)
+    return mixed * (share * spread + (1 - share))

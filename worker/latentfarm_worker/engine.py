@@ -8,46 +8,96 @@ embeddings, seeds, samplers and step counts share batches; an image joins at the
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
-from dataclasses import dataclass
-from itertools import count
+from dataclasses import dataclass, field
+from typing import Any, Literal
 
-from latentfarm_shared.errors import RenderCanceled
-from torch import Tensor
+import torch
+from latentfarm_shared.errors import DeadlineExceeded, OutOfMemory, RenderCanceled
 
+from latentfarm_worker.capacity import Capacity
 from latentfarm_worker.checkpoint import Model
-from latentfarm_worker.operations import Decode, Denoise, Encode, Operation, group_key
-from latentfarm_worker.renders import Render
+from latentfarm_worker.operations import Decode, Denoise, Encode, EncodePixels, Enlarge, Operation, group_key
+from latentfarm_worker.renders import Render, Rendered
 
-MAX_BATCH = {Encode: 16, Denoise: 16, Decode: 4}
+Policy = Literal["park", "share"]
+PHASE = {
+    Encode: "encoding",
+    Denoise: "denoising",
+    Decode: "decoding",
+    EncodePixels: "decoding",
+    Enlarge: "upscaling",
+}
+PARK_LIMIT_S = 30.0
 
 
 @dataclass(eq=False)
-class InFlight:
-    """One render: its generator, what it waits for, and where its pixels go."""
+class Ticket:
+    """A render handed in: where its picture goes, who waits for it, and until when (monotonic seconds)."""
 
     render: Render
     model: Model
     urgent: bool
-    future: Future[Tensor]
+    deadline: float | None = None
+    future: Future[Rendered] = field(default_factory=Future)
+
+
+@dataclass(eq=False)
+class InFlight:
+    """A render under way: what it asks for, since when, and how long it was parked."""
+
+    ticket: Ticket
     pending: Operation
     waiting_since: int
+    parked_s: float = 0.0
+
+    @property
+    def urgent(self) -> bool:
+        """Whether it goes first: it was handed in so, or was parked for too long."""
+        return self.ticket.urgent or self.parked_s > PARK_LIMIT_S
+
+
+@dataclass
+class EngineClock:
+    """Where the engine's thread spent its time, in seconds, and what it did."""
+
+    device_s: float = 0.0
+    render_s: float = 0.0
+    busy_s: float = 0.0
+    batches: int = 0
+    operations: int = 0
 
 
 class Engine:
     """Runs renders on one device, in one thread of its own."""
 
-    def __init__(self, on_batch: Callable[[str], None] = lambda _kind: None) -> None:
-        """`on_batch` hears the kind of every batch before it runs (encoding, denoising, decoding), and "idle"."""
-        self._on_batch = on_batch
+    def __init__(
+        self,
+        on_batch: Callable[[str], None] = lambda _phase: None,
+        *,
+        slots: int = 8,
+        policy: Policy = "park",
+        capacity: Capacity | None = None,
+    ) -> None:
+        """Keep up to `slots` batch images and as many interactive ones in flight; the rest waits in order.
+
+        `policy` says what batch images do while an interactive one is in flight: they are `park`ed, or `share` its
+        batches. `on_batch` hears the phase of every batch before it runs (encoding, denoising …), and "idle".
+        """
+        self.clock = EngineClock()
+        self._on_batch, self._slots, self._policy = on_batch, slots, policy
+        self._capacity = capacity or Capacity()
         self._flights: list[InFlight] = []
-        self._arrivals: list[tuple[Render, Model, bool, Future[Tensor]]] = []
-        self._canceled: set[Future[Tensor]] = set()
+        self._waiting: list[Ticket] = []
+        self._canceled: set[Future[Rendered]] = set()
         self._changed = threading.Condition()
         self._stopping = False
-        self._clock = count()
+        self._ticks = 0
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
+
+    # ---- for any thread
 
     def start(self) -> None:
         """Start the engine's thread."""
@@ -61,91 +111,165 @@ class Engine:
         if self._thread.is_alive():
             self._thread.join()
 
-    def submit(self, render: Render, model: Model, *, urgent: bool = False) -> Future[Tensor]:
-        """Put a render in flight; the future gets `pixels: [H, W, 3]` or the render's exception."""
-        future: Future[Tensor] = Future()
-        with self._changed:
-            self._arrivals.append((render, model, urgent, future))
-            self._changed.notify()
-        return future
+    def submit(
+        self, render: Render, model: Model, *, urgent: bool = False, deadline: float | None = None
+    ) -> Future[Rendered]:
+        """Hand in a render; the future gets what it returns, or its exception.
 
-    def cancel(self, future: Future[Tensor]) -> None:
+        Past `deadline` (monotonic seconds) it ends with DeadlineExceeded at its next operation.
+        """
+        ticket = Ticket(render, model, urgent, deadline)
+        with self._changed:
+            self._waiting.append(ticket)
+            self._changed.notify()
+        return ticket.future
+
+    def cancel(self, future: Future[Rendered]) -> None:
         """Drop a render before its next operation; its future raises RenderCanceled. May be repeated."""
         with self._changed:
             if not future.done():
                 self._canceled.add(future)
                 self._changed.notify()
 
+    # ---- the engine's thread
+
     def _run(self) -> None:
         while True:
             with self._changed:
-                while not (self._arrivals or self._flights or self._stopping):
+                while not (self._waiting or self._flights or self._stopping):
                     self._on_batch("idle")
                     self._changed.wait()
-                arrivals, self._arrivals = self._arrivals, []
                 canceled, self._canceled = self._canceled, set()
                 stopping = self._stopping
-            for arrival in arrivals:
-                self._admit(*arrival)
-            for flight in [f for f in self._flights if stopping or f.future in canceled]:
-                self._end(flight, RenderCanceled("canceled"))
+                dropped, admitted = self._sort_waiting(canceled, everything=stopping)
+            began = time.perf_counter()
+            for ticket in dropped:
+                ticket.render.close()
+                ticket.future.set_exception(RenderCanceled("canceled"))
+            for ticket in admitted:
+                self._admit(ticket)
+            self._end_unwanted(canceled, everything=stopping)
             if stopping:
                 return
             if self._flights:
-                self._run_group(self._choose())
+                self._run_chosen()
+            self.clock.busy_s += time.perf_counter() - began
 
-    def _admit(self, render: Render, model: Model, urgent: bool, future: Future[Tensor]) -> None:
+    def _sort_waiting(self, canceled: set[Future[Rendered]], *, everything: bool) -> tuple[list[Ticket], list[Ticket]]:
+        """Take off the list what is canceled, and what there is room for, interactive first."""
+        dropped = [t for t in self._waiting if everything or t.future in canceled]
+        left = [t for t in self._waiting if t not in dropped]
+        admitted: list[Ticket] = []
+        for urgent in (True, False):
+            held = sum(flight.ticket.urgent == urgent for flight in self._flights)
+            admitted += [t for t in left if t.urgent == urgent][: max(self._slots - held, 0)]
+        self._waiting = [t for t in left if t not in admitted]
+        return dropped, admitted
+
+    def _admit(self, ticket: Ticket) -> None:
         try:
-            pending = next(render)
+            pending = next(ticket.render)
         except Exception as error:  # noqa: BLE001 - whatever a render raises belongs to its future
-            future.set_exception(error)
+            ticket.future.set_exception(error)
             return
-        self._flights.append(InFlight(render, model, urgent, future, pending, next(self._clock)))
+        self._ticks += 1
+        self._flights.append(InFlight(ticket, pending, self._ticks))
 
-    def _choose(self) -> list[InFlight]:
-        """Pick the group of the most urgent render that waited longest, up to one batch."""
-        first = min(self._flights, key=lambda f: (not f.urgent, f.waiting_since))
-        key = group_key(first.pending)
-        alike = [f for f in self._flights if f.model is first.model and group_key(f.pending) == key]
-        alike.sort(key=lambda f: (not f.urgent, f.waiting_since))
-        return alike[: MAX_BATCH[type(first.pending)]]
+    def _end_unwanted(self, canceled: set[Future[Rendered]], *, everything: bool) -> None:
+        now = time.monotonic()
+        for flight in list(self._flights):
+            deadline = flight.ticket.deadline
+            if everything or flight.ticket.future in canceled:
+                self._end(flight, RenderCanceled("canceled"))
+            elif deadline is not None and now > deadline:
+                self._end(flight, DeadlineExceeded("its deadline passed before it was rendered"))
+
+    def _run_chosen(self) -> None:
+        """Run one group; what it parked is remembered, so that nothing is parked for ever."""
+        advanced, began = self._runnable(), time.perf_counter()
+        self._run_group(self._choose(advanced))
+        if len(advanced) < len(self._flights):
+            spent = time.perf_counter() - began
+            for flight in self._flights:
+                if flight not in advanced:
+                    flight.parked_s += spent
+
+    def _runnable(self) -> list[InFlight]:
+        """Return the flights that may go on now."""
+        urgent = [flight for flight in self._flights if flight.urgent]
+        return urgent if urgent and self._policy == "park" else self._flights
+
+    def _choose(self, flights: list[InFlight]) -> list[InFlight]:
+        """Pick the group of the render that waited longest, up to one batch that fits into memory."""
+        first = min(flights, key=lambda flight: flight.waiting_since)
+        model, key = first.ticket.model, group_key(first.pending)
+        alike = [f for f in flights if f.ticket.model is model and group_key(f.pending) == key]
+        alike.sort(key=lambda flight: (not flight.urgent, flight.waiting_since))
+        return alike[: self._capacity.limit(model.name, first.pending)]
 
     def _run_group(self, group: list[InFlight]) -> None:
+        """Run one batch; if it fails, run its halves, until the culprit is alone."""
         try:
-            results = self._execute(group[0].model, [flight.pending for flight in group])
-        except Exception as error:  # noqa: BLE001 - a failed batch is run again one by one, then fails its image
-            if len(group) == 1:
-                self._end(group[0], error)
-                return
-            for flight in group:
-                self._run_group([flight])
+            results = self._execute(group)
+        except torch.OutOfMemoryError as error:
+            self._capacity.overflowed(group[0].ticket.model.name, group[0].pending, len(group))
+            self._split(group, OutOfMemory(f"while {PHASE[type(group[0].pending)]}"), error)
+        except Exception as error:  # noqa: BLE001 - a failed batch is bisected, then fails its image
+            self._split(group, error, error)
+        else:
+            self._send_back(group, results)
+
+    def _split(self, group: list[InFlight], error: Exception, cause: Exception) -> None:
+        if len(group) == 1:
+            error.__cause__ = None if error is cause else cause
+            self._end(group[0], error)
             return
+        middle = len(group) // 2
+        self._run_group(group[:middle])
+        self._run_group(group[middle:])
+
+    def _execute(self, group: list[InFlight]) -> Sequence[object]:
+        model, operations = group[0].ticket.model, [flight.pending for flight in group]
+        self._on_batch(PHASE[type(operations[0])])
+        began = time.perf_counter()
+        with self._capacity.measured(model.name, operations):
+            results = _perform(model, operations)
+        self.clock.device_s += time.perf_counter() - began
+        self.clock.batches += 1
+        self.clock.operations += len(group)
+        return results
+
+    def _send_back(self, group: list[InFlight], results: Sequence[object]) -> None:
+        began = time.perf_counter()
         for flight, result in zip(group, results, strict=True):
             self._advance(flight, result)
+        self.clock.render_s += time.perf_counter() - began
 
-    def _execute(self, model: Model, operations: Sequence[Operation]) -> Sequence[object]:
-        encodes = [item for item in operations if isinstance(item, Encode)]
-        if encodes:
-            self._on_batch("encoding")
-            return model.encode(encodes)
-        denoises = [item for item in operations if isinstance(item, Denoise)]
-        if denoises:
-            self._on_batch("denoising")
-            return model.denoise(denoises)
-        self._on_batch("decoding")
-        return model.decode([item for item in operations if isinstance(item, Decode)])
-
+    @torch.inference_mode()
     def _advance(self, flight: InFlight, result: object) -> None:
         try:
-            flight.pending = flight.render.send(result)
-            flight.waiting_since = next(self._clock)
+            flight.pending = flight.ticket.render.send(result)
+            self._ticks += 1
+            flight.waiting_since = self._ticks
         except StopIteration as finished:
             self._flights.remove(flight)
-            flight.future.set_result(finished.value)
+            flight.ticket.future.set_result(finished.value)
         except Exception as error:  # noqa: BLE001 - whatever a render raises belongs to its future
             self._end(flight, error)
 
     def _end(self, flight: InFlight, error: Exception) -> None:
-        flight.render.close()
+        flight.ticket.render.close()
         self._flights.remove(flight)
-        flight.future.set_exception(error)
+        flight.ticket.future.set_exception(error)
+
+
+def _perform(model: Model, operations: list[Any]) -> Sequence[object]:
+    """Have a model perform operations of one kind."""
+    methods: dict[type[Operation], Callable[[list[Any]], Sequence[object]]] = {
+        Encode: model.encode,
+        Denoise: model.denoise,
+        Decode: model.decode,
+        EncodePixels: model.encode_pixels,
+        Enlarge: model.enlarge,
+    }
+    return methods[type(operations[0])](operations)

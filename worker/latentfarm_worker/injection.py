@@ -45,20 +45,25 @@ class Injection:
         """Keep what the encoder gets; a hook behind `write`."""
         self.entered = embedded.detach()
 
-    def prove(self) -> None:
-        """Compare what entered the encoder with the bank.
+    def prove(self) -> tuple[frozenset[str], ...]:
+        """Return, row by row, the content ids of the embeddings that entered, by comparing what did with the bank.
 
         Raises:
             EmbeddingNotApplied: an embedding's rows are not where they should be.
         """
-        for row, placements in enumerate(self.placements):
-            for placement in placements:
-                if self.entered is None:
-                    raise EmbeddingNotApplied(f"embedding {placement.embedding.name!r} never reached the encoder")
-                end = placement.position + placement.rows
-                found = self.entered[row, placement.position : end]
-                if not torch.equal(found, self._vectors(placement, found)):
-                    raise EmbeddingNotApplied(f"embedding {placement.embedding.name!r} did not enter the encoder")
+        return tuple(self._entered_in(row) for row in range(len(self.placements)))
+
+    def _entered_in(self, row: int) -> frozenset[str]:
+        found = set()
+        for placement in self.placements[row]:
+            if self.entered is None:
+                raise EmbeddingNotApplied(f"embedding {placement.embedding.name!r} never reached the encoder")
+            end = placement.position + placement.rows
+            entered = self.entered[row, placement.position : end]
+            if not torch.equal(entered, self._vectors(placement, entered)):
+                raise EmbeddingNotApplied(f"embedding {placement.embedding.name!r} did not enter the encoder")
+            found.add(placement.embedding.content_id)
+        return frozenset(found)
 
 
 @contextmanager

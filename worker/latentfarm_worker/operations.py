@@ -2,64 +2,124 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
-import torch
+from latentfarm_shared.names import EmphasisMode
 from latentfarm_shared.prompts.chunks import Chunk
 from torch import Tensor
+
+from latentfarm_worker.sampling.noise_model import Scaling
 
 
 @dataclass(frozen=True, eq=False)
 class Conditioning:
-    """Encoded prompt: `tokens: [77 * chunks, width]`."""
+    """One encoded text: `tokens: [77 * chunks, width]`, and `pooled: [width]` where the family has it.
+
+    `applied` are the content ids of the embeddings whose vectors were found in the tensor that entered the encoder.
+    """
 
     tokens: Tensor
+    pooled: Tensor | None = None
+    applied: frozenset[str] = frozenset()
 
 
 @dataclass(frozen=True)
 class Encode:
-    """Encode the chunks of one prompt. Answered with a `Conditioning`."""
+    """Encode the texts of one timetable, laid out with equally many chunks. Answered with a `Conditioning` each.
 
-    chunks: tuple[Chunk, ...]
-    clip_skip: int
+    The mean that Original emphasis restores runs over all of them, as in A1111. `zero` asks for zeros in place of the
+    encoding, which SDXL wants for an empty negative prompt.
+    """
+
+    texts: tuple[tuple[Chunk, ...], ...]
+    clip_skip: int = 1
+    emphasis: EmphasisMode = "Original"
+    zero: bool = False
+
+    @property
+    def key(self) -> tuple[object, ...]:
+        """Everything that decides the answer on one checkpoint."""
+        return (
+            tuple(tuple(chunk.key for chunk in text) for text in self.texts),
+            self.clip_skip,
+            self.emphasis,
+            self.zero,
+        )
+
+
+@dataclass(frozen=True, eq=False)
+class Side:
+    """One text that guides a step, and the share of its answer in the whole."""
+
+    conditioning: Conditioning
+    share: float
 
 
 @dataclass(frozen=True, eq=False)
 class Denoise:
-    """Predict the clean latent from `latent: [4, H/8, W/8]` at noise level `sigma`, guided.
+    """Ask the UNet about `latent: [4, H/8, W/8]` with every side, and mix the answers.
 
-    Answered with `denoised`, a tensor of the latent's shape.
+    Each side's answer is `keep * latent + gain * unet(...)`; the mix is the last side's plus, for every other, its share
+    of its difference to the last. Answered with a tensor of the latent's shape; if `keeps_last`, with that and the last
+    side's own answer, stacked. `rescale` pulls the spread of the mix back to that of the first side.
     """
 
     latent: Tensor
-    sigma: float
-    positive: Conditioning
-    negative: Conditioning
-    cfg_scale: float
+    scaling: Scaling
+    sides: tuple[Side, ...]
+    rescale: float = 0.0
+    keeps_last: bool = False
+    tiling: bool = False
+    precise: bool = False
 
 
 @dataclass(frozen=True, eq=False)
 class Decode:
-    """Turn `latent: [4, H/8, W/8]` into `pixels: [H, W, 3]`, uint8."""
+    """Turn `latent: [4, H/8, W/8]` into a `Picture`."""
 
     latent: Tensor
+    tiling: bool = False
+    precise: bool = False
 
 
-Operation = Encode | Denoise | Decode
+@dataclass(frozen=True, eq=False)
+class Picture:
+    """`pixels: [H, W, 3]`, uint8 on the CPU, and whether everything that led to them was finite."""
+
+    pixels: Tensor
+    finite: bool = True
 
 
-@dataclass(frozen=True)
-class Pixels:
-    """A finished picture, `data: [H, W, 3]`, uint8 on the CPU."""
+@dataclass(frozen=True, eq=False)
+class EncodePixels:
+    """Turn `pixels: [H, W, 3]`, uint8, into a latent; `noise: [4, H/8, W/8]` picks the sample from the posterior."""
 
-    data: Tensor = field(default_factory=lambda: torch.empty(0, 0, 3, dtype=torch.uint8))
+    pixels: Tensor
+    noise: Tensor
+    tiling: bool = False
+
+
+@dataclass(frozen=True, eq=False)
+class Enlarge:
+    """Enlarge a tile `[3, h, w]`, float in 0 to 1, with an upscaler model; answered with `[3, h * scale, w * scale]`."""
+
+    tile: Tensor
+    upscaler: str
+
+
+Operation = Encode | Denoise | Decode | EncodePixels | Enlarge
 
 
 def group_key(operation: Operation) -> tuple[object, ...]:
     """Return what two operations must share to run in one batch of one checkpoint."""
-    if isinstance(operation, Encode):
-        return "encode", operation.clip_skip
-    if isinstance(operation, Denoise):
-        lengths = len(operation.positive.tokens), len(operation.negative.tokens)
-        return "denoise", tuple(operation.latent.shape), lengths, operation.cfg_scale == 1
-    return "decode", tuple(operation.latent.shape)
+    match operation:
+        case Encode():
+            return ("encode",)
+        case Denoise():
+            return "denoise", tuple(operation.latent.shape), operation.tiling, operation.precise
+        case Decode():
+            return "decode", tuple(operation.latent.shape), operation.tiling, operation.precise
+        case EncodePixels():
+            return "encode pixels", tuple(operation.pixels.shape), operation.tiling
+        case Enlarge():
+            return "enlarge", tuple(operation.tile.shape), operation.upscaler

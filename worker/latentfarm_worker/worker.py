@@ -6,10 +6,10 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import suppress
+from contextlib import AbstractContextManager, ExitStack, suppress
 from typing import TypeVar
 
-from latentfarm_shared.errors import EmbeddingNotApplied, FarmError, RenderCanceled, RenderError, Unavailable
+from latentfarm_shared.errors import FarmError, RenderCanceled, RenderError, Unavailable
 from latentfarm_shared.images import content_id, image_key
 from latentfarm_shared.infotext import format_infotext
 from latentfarm_shared.ledger import Claim, Ledger
@@ -23,11 +23,18 @@ from latentfarm_shared.storage import ObjectStore
 from torch import Tensor
 
 from latentfarm_worker.bank import EmbeddingBank
+from latentfarm_worker.capacity import Capacity
 from latentfarm_worker.checkpoint import Checkpoint
 from latentfarm_worker.engine import Engine
 from latentfarm_worker.fetch import fetch_checkpoint
+from latentfarm_worker.loading import load_checkpoint
+from latentfarm_worker.memory import checkpoint_budget, engine_budget
 from latentfarm_worker.png import encode_png
-from latentfarm_worker.renders import RenderRequest, txt2img
+from latentfarm_worker.proof import checked
+from latentfarm_worker.renders import Rendered, RenderRequest, txt2img
+from latentfarm_worker.room import Room
+from latentfarm_worker.runtime import Runtime
+from latentfarm_worker.shelf import Shelf
 from latentfarm_worker.vitals import RESERVE, Vitals
 
 PUBLISHERS = 4
@@ -59,17 +66,20 @@ class Worker:
         self.name, self._settings, self._ledger, self._store, self._vitals = name, settings, ledger, store, vitals
         self.registry = Registry(ledger.redis, store)
         self.bank = EmbeddingBank(self.registry)
-        self.loads = 0
-        self._checkpoints: dict[str, Checkpoint] = {}
+        self._runtime = Runtime.from_settings(settings)
+        self._served: dict[str, CheckpointRecord] = {}
+        self._shelf = Shelf(checkpoint_budget(settings))
         self._slots = threading.Semaphore(settings.slots)
         self._reserve = threading.Semaphore(RESERVE)
-        self._unpublished = threading.Semaphore(2 * settings.slots)
-        self._claims: dict[str, tuple[Claim, Future[Tensor]]] = {}
+        self._unpublished = Room(settings.unpublished_mb * 2**20)
+        self._claims: dict[str, tuple[Claim, Future[Rendered]]] = {}
         self._strange: set[str] = set()
         self._guard = threading.Lock()
         self._draining = threading.Event()
         self._publishers = ThreadPoolExecutor(PUBLISHERS, "publish")
-        self._engine = Engine(self._vitals.beat)
+        costs = settings.cache / "costs" / f"{settings.device.replace(':', '-')}-{self._runtime.dtype}.json"
+        capacity = Capacity(engine_budget(settings), settings.device, costs)
+        self._engine = Engine(self._vitals.beat, slots=settings.slots, policy=settings.policy, capacity=capacity)
 
     def start(self) -> None:
         """Start the engine."""
@@ -79,29 +89,37 @@ class Worker:
 
     def load(self, record: CheckpointRecord) -> list[str]:
         """Load a checkpoint and every embedding that fits it; return the names of its queues, by urgency."""
-        folder = fetch_checkpoint(record, self.registry, self._settings.cache, on_progress=self._vitals.progress)
-        self._checkpoints[record.hash] = Checkpoint(record, folder, self.bank, self._settings.device)
-        self.loads += 1
+        with self._checkpoint(record):
+            self._served[record.hash] = record
         for embedding in self.registry.embeddings().values():
             if embedding.fits(record.widths):
                 self.bank.hold(embedding)
-        self._vitals.note(self._settings.slots, self.loads, len(self.bank))
+        self._vitals.note(self._settings.slots, self._shelf.loads, len(self.bank))
         log.info("checkpoint ready", checkpoint=record.name, embeddings=len(self.bank), worker=self.name)
         return [queue_name(lane, record.hash) for lane in LANES]
 
+    def _checkpoint(self, record: CheckpointRecord) -> AbstractContextManager[Checkpoint]:
+        """Hold a checkpoint, which is fetched and loaded if it is not in memory."""
+
+        def load() -> Checkpoint:
+            folder = fetch_checkpoint(record, self.registry, self._settings.cache, on_progress=self._vitals.progress)
+            return load_checkpoint(record, folder, self.bank, self._runtime, self._settings.upscalers)
+
+        return self._shelf.using(record.hash, load)
+
     def has(self, record: CheckpointRecord) -> bool:
-        """Tell whether a checkpoint is loaded."""
-        return record.hash in self._checkpoints
+        """Tell whether a checkpoint is served."""
+        return record.hash in self._served
 
     def advertise(self) -> None:
         """Tell the farm which checkpoints are ready and consumed."""
-        self._vitals.advertise(sorted(self._checkpoints))
+        self._vitals.advertise(sorted(self._served))
 
     # ---- work
 
     def queues(self, lanes: Sequence[Lane]) -> list[str]:
         """Return the queues of some lanes this worker can serve, the most urgent first."""
-        return [queue_name(lane, checkpoint) for lane in lanes for checkpoint in list(self._checkpoints)]
+        return [queue_name(lane, checkpoint) for lane in lanes for checkpoint in list(self._served)]
 
     def serve(self, ring_again: Callable[[], None], *, urgent: bool) -> None:
         """Render images as long as there are any and a slot is free; `ring_again` wakes another thread.
@@ -126,25 +144,23 @@ class Worker:
         claim = self._ledger.claim(self.name, queues)
         if claim is None:
             return False
-        future = self._render(claim)
         with suppress(Unavailable):  # the sweeper rings within a second
             ring_again()
-        self._finish(claim, future)
+        with ExitStack() as held:
+            future = self._render(claim, held)
+            self._finish(claim, future)
         return True
 
-    def _render(self, claim: Claim) -> Future[Tensor]:
+    def _render(self, claim: Claim, held: ExitStack) -> Future[Rendered]:
         """Put the claimed image in flight; what cannot even start fails its future."""
         try:
             image = expand(claim.spec, claim.index)
-            checkpoint = self._checkpoints[claim.lock.checkpoint.hash]
+            checkpoint = held.enter_context(self._checkpoint(claim.lock.checkpoint))
             for embedding in claim.lock.embeddings:
                 patiently(lambda record=embedding: self.bank.hold(record))  # type: ignore[misc]
             request = RenderRequest.build(image, claim.lock, checkpoint.tokenizer)
-            missing = request.missing(claim.lock)
-            if missing:
-                raise EmbeddingNotApplied(f"the prompts place no vectors of {', '.join(missing)}")
             urgent = claim.spec.lane == "interactive"
-            future = self._engine.submit(txt2img(request, checkpoint.noise), checkpoint, urgent=urgent)
+            future = self._engine.submit(txt2img(request, checkpoint), checkpoint, urgent=urgent)
         except Exception as error:  # noqa: BLE001 - whatever is wrong with one image belongs to its future
             future = Future()
             future.set_exception(error)
@@ -152,17 +168,17 @@ class Worker:
             self._claims[claim.member] = (claim, future)
         return future
 
-    def _finish(self, claim: Claim, future: Future[Tensor]) -> None:
-        """Wait for the pixels and hand them to a publisher, or settle the claim without any."""
+    def _finish(self, claim: Claim, future: Future[Rendered]) -> None:
+        """Wait for the picture, compare what entered the encoder with the lock, and hand the picture to a publisher."""
         try:
-            pixels = future.result()
+            rendered = checked(future.result(), claim.lock)
         except (RenderCanceled, Unavailable) as error:
             self._settle(claim, "image handed back", lambda: self._ledger.release(claim, self.name), str(error))
         except Exception as error:  # noqa: BLE001 - one image's failure must not stop the others
             self._fail(claim, error)
         else:
-            self._unpublished.acquire()
-            self._publishers.submit(self._publish, claim, pixels)
+            self._unpublished.take(rendered.pixels.nbytes)
+            self._publishers.submit(self._publish, claim, rendered.pixels)
 
     def _publish(self, claim: Claim, pixels: Tensor) -> None:
         """Write the picture where (job, index) decides, then tell the ledger; hand it back if nobody listens."""
@@ -175,7 +191,7 @@ class Worker:
         except Exception as error:  # noqa: BLE001 - one image's failure must not stop the others
             self._fail(claim, error)
         finally:
-            self._unpublished.release()
+            self._unpublished.give(pixels.nbytes)
 
     def _put(self, claim: Claim, image: ImageSpec, pixels: Tensor) -> None:
         png = encode_png(pixels, format_infotext(image, claim.lock))

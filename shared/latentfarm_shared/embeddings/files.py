@@ -22,7 +22,9 @@ from latentfarm_shared.embeddings.pickles import (
     read_torch_zip,
     widen_bfloat16,
 )
+from latentfarm_shared.embeddings.pictures import read_picture
 from latentfarm_shared.errors import UnreadableFile
+from latentfarm_shared.png import SIGNATURE
 from latentfarm_shared.records import EmbeddingRecord
 
 MAX_VECTORS = 512
@@ -117,11 +119,12 @@ def _read_container(data: bytes) -> Any:
         (b"version https://git-lfs", "a Git LFS pointer, not the file itself"),
         (b"<", "a web page saved in place of the file"),
         (b"{", "JSON, probably an error message saved in place of the file"),
-        (b"\x89PNG", "a picture"),
         (b"\xff\xd8", "a picture"),
     ):
         if start.startswith(prefix):
             raise RefusedPickle(what)
+    if data.startswith(SIGNATURE):
+        return read_picture(data)
     if data[:2] == b"PK":
         return read_torch_zip(data)
     return _read_safetensors(data)

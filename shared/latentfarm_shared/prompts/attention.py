@@ -30,11 +30,12 @@ class Segment:
     is_break: bool = False
 
 
-def parse_attention(prompt: str) -> tuple[Segment, ...]:
+def parse_attention(prompt: str, *, break_as_word: bool = False) -> tuple[Segment, ...]:
     """Split a prompt into segments of one weight each.
 
     Brackets nest and multiply; an unclosed one applies to the end of the prompt, a stray closer is text. Behaviour
-    of A1111 v1.10.1, except that `BREAK` counts inside brackets too, where A1111 encodes it as a word.
+    of A1111 v1.10.1, except that `BREAK` counts inside brackets too. A1111 encodes it there as a word of negative
+    weight, which `break_as_word` does as well.
     """
     pieces: list[Segment] = []
     opened: list[tuple[str, int]] = []
@@ -52,7 +53,13 @@ def parse_attention(prompt: str) -> tuple[Segment, ...]:
             pieces.append(Segment(match.group() if kind == "weight" else value))
     for bracket, start in reversed(opened):
         _scale(pieces, start, UP if bracket == "(" else DOWN)
+    if break_as_word:
+        pieces = [_as_word(piece) for piece in pieces]
     return _merge(pieces) or (Segment(""),)
+
+
+def _as_word(piece: Segment) -> Segment:
+    return Segment("BREAK", -piece.weight) if piece.is_break and piece.weight != 1.0 else piece
 
 
 def _scale(pieces: list[Segment], start: int, factor: float) -> None:

@@ -7,21 +7,22 @@ that embedding; one that looks like a misspelt name is refused; any other is tex
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
 from latentfarm_shared.errors import EmbeddingRefused, InvalidField, UnknownName
-from latentfarm_shared.prompts.attention import parse_attention
+from latentfarm_shared.prompts.chunks import Reading
+from latentfarm_shared.prompts.editing import Timeline
+from latentfarm_shared.prompts.language import parse_negative, parse_positive, strip_comments
 from latentfarm_shared.prompts.matching import Mention, NameMatcher
 from latentfarm_shared.prompts.tokens import ClipTokenizer
 from latentfarm_shared.records import CheckpointRecord, EmbeddingRecord
-from latentfarm_shared.specs import JobSpec, Side
+from latentfarm_shared.specs import Compat, JobSpec, Side
 
 _EXPLICIT = re.compile(r"(?<![\w-])embedding:(?P<comfy>[^\s,()\[\]<>:|]+)|<(?P<angle>[^<>:\n]+)>")
 _EXTRA_NETWORK = re.compile(r"<(\w+):[^<>]*>")
 _WORDS = re.compile(r"[^\s,.;!?()\[\]|:\"']+")
 _CODE_LIKE = re.compile(r"[\d_-]")
-_SIDES: tuple[tuple[Side, str], ...] = (("positive", "prompt"), ("negative", "negative_prompt"))
 
 
 @dataclass(frozen=True)
@@ -45,33 +46,52 @@ def settle(
     matcher = NameMatcher(tokenizer, known.values())
     used: dict[str, EmbeddingRecord] = {}
     prompts: dict[str, str] = {}
-    for side, field in _SIDES:
-        prompt, explicit = _replace_explicit(getattr(spec, field), field, known)
-        mentioned = _mentions(prompt, matcher)
+    for field, written in spec.prompts:
+        side: Side = "negative" if field.endswith("negative_prompt") else "positive"
+        prompt, explicit = _replace_explicit(strip_comments(written), field, known, spec.compat)
+        mentioned = _mentions(prompt, matcher, spec)
         for use in (use for use in spec.embeddings if use.side == side):
             record = _lookup(use.name, known)
             explicit.append(record)
             if record not in mentioned:
                 prompt = f"{prompt}, {_escape(record.name)}" if prompt.strip() else _escape(record.name)
                 mentioned.append(record)
-        _refuse_near_misses(prompt, matcher, known)
-        mentioned = _mentions(prompt, matcher)
+        _refuse_near_misses(prompt, matcher, known, spec)
+        mentioned = _mentions(prompt, matcher, spec)
         lost = next((record for record in explicit if record not in mentioned), None)
         if lost is not None:
-            raise EmbeddingRefused(lost.name, f"its name is not a word of its own in the {side} prompt")
+            raise EmbeddingRefused(lost.name, f"its name is not a word of its own in {field}")
         for record in mentioned:
             _refuse_misfit(record, checkpoint)
             used[record.name.lower()] = record
         prompts[field] = prompt
-    return Settled(spec.model_copy(update=prompts), tuple(used.values()))
+    return Settled(spec.with_prompts(prompts), tuple(used.values()))
+
+
+def _texts(prompt: str, spec: JobSpec) -> Iterator[str]:
+    """Yield every text a prompt goes through, in whichever pass."""
+    seen: set[str] = set()
+    for timeline in (Timeline(spec.steps), Timeline(spec.steps, spec.steps)):
+        for part in (*parse_positive(prompt, timeline), *parse_negative(prompt, timeline)):
+            for entry in part.entries:
+                if entry.text not in seen:
+                    seen.add(entry.text)
+                    yield entry.text
+
+
+def _segments(prompt: str, spec: JobSpec) -> Iterator[str]:
+    reading = Reading(attention=spec.emphasis != "None")
+    for text in _texts(prompt, spec):
+        for segment in reading.segments(text):
+            yield segment.text
 
 
 def _replace_explicit(
-    prompt: str, field: str, known: Mapping[str, EmbeddingRecord]
+    prompt: str, field: str, known: Mapping[str, EmbeddingRecord], compat: Collection[Compat]
 ) -> tuple[str, list[EmbeddingRecord]]:
     """Put bare names in place of explicit forms, apart from the words around; return the embeddings they name."""
     network = _EXTRA_NETWORK.search(prompt)
-    if network:
+    if network and "ignore_extra_networks" not in compat:
         raise InvalidField(field, f"{network.group()!r}: {network.group(1)} networks are not supported; remove it")
     explicit: list[EmbeddingRecord] = []
 
@@ -90,10 +110,10 @@ def _lookup(name: str, known: Mapping[str, EmbeddingRecord]) -> EmbeddingRecord:
     return record
 
 
-def _mentions(prompt: str, matcher: NameMatcher) -> list[EmbeddingRecord]:
+def _mentions(prompt: str, matcher: NameMatcher, spec: JobSpec) -> list[EmbeddingRecord]:
     found: list[EmbeddingRecord] = []
-    for segment in parse_attention(prompt):
-        for item in matcher.split(segment.text):
+    for text in _segments(prompt, spec):
+        for item in matcher.split(text):
             if isinstance(item, Mention) and item.embedding not in found:
                 found.append(item.embedding)
     return found
@@ -106,9 +126,9 @@ def _refuse_misfit(record: EmbeddingRecord, checkpoint: CheckpointRecord) -> Non
         raise EmbeddingRefused(record.name, f"its vectors are {has}, but model {checkpoint.name!r} takes {needs}")
 
 
-def _refuse_near_misses(prompt: str, matcher: NameMatcher, known: Mapping[str, EmbeddingRecord]) -> None:
-    for segment in parse_attention(prompt):
-        text = segment.text
+def _refuse_near_misses(prompt: str, matcher: NameMatcher, known: Mapping[str, EmbeddingRecord], spec: JobSpec) -> None:
+    for segment in _segments(prompt, spec):
+        text = segment
         for item in matcher.split(text):
             if isinstance(item, Mention):
                 text = _written(item.embedding.name).sub(" ", text)

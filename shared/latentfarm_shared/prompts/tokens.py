@@ -19,7 +19,11 @@ class ClipTokenizer:
         """Read the two files of a checkpoint's tokenizer folder."""
         try:
             ids: dict[str, int] = json.loads(vocabulary.read_text(encoding="utf-8"))
-            pairs = [line.split(" ") for line in merges.read_text(encoding="utf-8").splitlines() if line[:1] != "#"]
+            pairs = [
+                line.split(" ")
+                for line in merges.read_text(encoding="utf-8").splitlines()
+                if not line.startswith("#version")
+            ]
             model = models.BPE(
                 vocab=ids,
                 merges=[(left, right) for left, right in (pair for pair in pairs if len(pair) == 2)],

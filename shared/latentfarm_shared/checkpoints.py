@@ -22,8 +22,18 @@ _REQUIRED = (
 )
 SINGLE_FILE = "model.safetensors"
 MAX_HEADER_BYTES = 100_000_000
-_WORD_TABLE = "cond_stage_model.transformer.text_model.embeddings.token_embedding.weight"
-_USED = ("tokenizer/", "text_encoder/", "unet/", "vae/", "scheduler/", "model_index.json")
+_WORD_TABLES = (  # of SD1, SD2 and SDXL in the original layout
+    "cond_stage_model.transformer.text_model.embeddings.token_embedding.weight",
+    "cond_stage_model.model.token_embedding.weight",
+    "conditioner.embedders.0.transformer.text_model.embeddings.token_embedding.weight",
+)
+_USED = (
+    "tokenizer/", "tokenizer_2/", "text_encoder/", "text_encoder_2/", "unet/", "vae/", "scheduler/", "model_index.json",
+)  # fmt: skip
+_PIPELINES = {
+    "StableDiffusionPipeline": ("text_encoder",),
+    "StableDiffusionXLPipeline": ("text_encoder", "text_encoder_2"),
+}
 
 
 def describe_folder(folder: Path, name: str) -> CheckpointRecord:
@@ -56,17 +66,14 @@ def describe_files(
         if not (folder / required).is_file():
             raise UnreadableFile(str(folder), f"has no {required}, so it is no diffusers checkpoint")
     index = _read_json(folder / "model_index.json")
-    if index.get("_class_name") != "StableDiffusionPipeline":
-        raise UnreadableFile(str(folder), f"is a {index.get('_class_name')}; StableDiffusionPipeline is supported")
-    encoder = _read_json(folder / "text_encoder/config.json")
-    width, layers = encoder.get("hidden_size"), encoder.get("num_hidden_layers")
-    if not isinstance(width, int) or not isinstance(layers, int):
-        raise UnreadableFile(str(folder / "text_encoder/config.json"), "has no hidden_size or num_hidden_layers")
+    parts = _PIPELINES.get(str(index.get("_class_name")))
+    if parts is None:
+        raise UnreadableFile(str(folder), f"is a {index.get('_class_name')}; {' and '.join(_PIPELINES)} are supported")
+    widths, layers = _encoders(folder, parts)
     prediction = _read_json(folder / "scheduler/scheduler_config.json").get("prediction_type", "epsilon")
     if prediction not in ("epsilon", "v_prediction"):
         raise UnreadableFile(str(folder), f"predicts {prediction}; epsilon and v_prediction are supported")
-    widths = {"clip_h" if width == 1024 else "clip_l": width}
-    for part in ("unet/", "vae/", "text_encoder/") if layout == "diffusers" else ():
+    for part in ("unet/", "vae/", *(f"{name}/" for name in parts)) if layout == "diffusers" else ():
         if not any(f.path.startswith(part) and f.path.endswith(".safetensors") for f in files):
             raise UnreadableFile(str(folder), f"has no safetensors weights in {part}")
     return CheckpointRecord(
@@ -81,6 +88,24 @@ def describe_files(
     )
 
 
+def _encoders(folder: Path, parts: tuple[str, ...]) -> tuple[dict[str, int], int]:
+    """Return the width of every text encoder by its name, and the layers of the first.
+
+    OpenCLIP's encoders are told by their activation, which is not CLIP's own.
+    """
+    widths: dict[str, int] = {}
+    layers = 0
+    for part in parts:
+        config = _read_json(folder / part / "config.json")
+        width, count = config.get("hidden_size"), config.get("num_hidden_layers")
+        if not isinstance(width, int) or not isinstance(count, int):
+            raise UnreadableFile(str(folder / part / "config.json"), "has no hidden_size or num_hidden_layers")
+        openclip = config.get("hidden_act") == "gelu"
+        name = "clip_g" if part == "text_encoder_2" else "clip_h" if openclip and len(parts) == 1 else "clip_l"
+        widths[name], layers = width, layers or count
+    return widths, layers
+
+
 # ---- single files
 
 
@@ -91,15 +116,15 @@ def describe_single_file(path: Path, name: str, config: Path | None) -> Checkpoi
         UnreadableFile: it is no such file, or `config` is missing or of another family.
     """
     shapes = _safetensors_shapes(path)
-    table = shapes.get(_WORD_TABLE)
+    table = next((shapes[key] for key in _WORD_TABLES if key in shapes), None)
     if table is None or not any(key.startswith("model.diffusion_model.") for key in shapes):
-        raise UnreadableFile(str(path), "is no Stable Diffusion 1 checkpoint in the original layout")
+        raise UnreadableFile(str(path), "is no Stable Diffusion checkpoint in the original layout")
     if config is None:
         raise UnreadableFile(str(path), "needs --config, a diffusers folder of the same family (weights not needed)")
     small = tuple(f for f in _files(config) if not f.path.endswith((".safetensors", ".bin")))
     weights = BlobFile(path=SINGLE_FILE, sha256=_sha256(path), size=path.stat().st_size)
     record = describe_files(config, name, (weights, *small), layout="single_file")
-    if list(record.widths.values()) != [table[1]]:
+    if next(iter(record.widths.values())) != table[1]:
         raise UnreadableFile(str(config), f"is for width {record.widths}, but {path.name} has width {table[1]}")
     return record
 

@@ -1,0 +1,56 @@
+"""A1111's whole prompt language, from the text a user wrote to the texts an encoder gets.
+
+In A1111's order: comments go, extra networks go, `AND` splits, prompt editing makes a timetable; attention, `BREAK` and
+chunks come after, in `attention` and `chunks`.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+
+from latentfarm_shared.prompts.editing import Entry, Timeline, timetable
+
+_COMMENT = re.compile(r"(^|\n)\s*#[^\n]*(?:\n|$)|#[^\n]*")
+_EXTRA_NETWORK = re.compile(r"<\w+:[^>]*>")
+_AND = re.compile(r"\bAND\b")
+_WEIGHTED = re.compile(r"(?P<text>.*?)(?:\s*:\s*(?P<weight>[+-]?(?:\d+\.?\d*|\.\d+)))?\s*", re.DOTALL)
+
+
+@dataclass(frozen=True)
+class Part:
+    """One side of an `AND`, with its weight and its texts over time."""
+
+    weight: float
+    entries: tuple[Entry, ...]
+
+
+def strip_comments(prompt: str) -> str:
+    """Remove what follows a `#` to the end of its line; a line of nothing else goes as a whole."""
+    return _COMMENT.sub(lambda match: match[1] or "", prompt) if "#" in prompt else prompt
+
+
+def strip_extra_networks(prompt: str) -> str:
+    """Remove `<lora:…>` and its kind; `<name>` without a colon is text."""
+    return _EXTRA_NETWORK.sub("", prompt)
+
+
+def split_and(prompt: str) -> list[tuple[str, float]]:
+    """Split on the upper-case word `AND`; each part may end in `:weight`, which a prompt without `AND` may too."""
+    parts = []
+    for piece in _AND.split(prompt):
+        match = _WEIGHTED.fullmatch(piece)
+        text, weight = (match["text"], match["weight"]) if match else (piece, None)
+        parts.append((text, 1.0 if weight is None else float(weight)))
+    return parts
+
+
+def parse_positive(prompt: str, timeline: Timeline) -> tuple[Part, ...]:
+    """Read a prompt; several parts if it says `AND`."""
+    text = strip_extra_networks(strip_comments(prompt))
+    return tuple(Part(weight, timetable(part, timeline)) for part, weight in split_and(text))
+
+
+def parse_negative(prompt: str, timeline: Timeline) -> tuple[Part, ...]:
+    """Read a negative prompt, in which `AND` is a word. Returns one part."""
+    return (Part(1.0, timetable(strip_extra_networks(strip_comments(prompt)), timeline)),)

@@ -1,0 +1,152 @@
+"""How many operations fit into one batch: a memory budget, and what one operation costs, measured and remembered."""
+
+from __future__ import annotations
+
+import json
+import os
+import threading
+import weakref
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from latentfarm_worker.operations import Decode, Denoise, Encode, EncodePixels, Enlarge, Operation, group_key
+
+MAX_BATCH = {Encode: 16, Denoise: 16, Decode: 4, EncodePixels: 2, Enlarge: 4}
+"""No larger batch is run even if memory allows: what takes long must not hold up other images' steps."""
+
+
+class _LiveBytes(TorchDispatchMode):
+    """Counts the bytes of tensors alive that were made inside; `peak` is their highest sum."""
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.live = self.peak = 0
+        self._seen: dict[int, int] = {}
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        for item in args:
+            if isinstance(item, Tensor):  # made outside: what only looks at it costs nothing
+                self._seen.setdefault(item.untyped_storage().data_ptr(), 0)
+        result = func(*args, **(kwargs or {}))
+        for item in result if isinstance(result, tuple | list) else (result,):
+            if isinstance(item, Tensor):
+                self._count(item)
+        return result
+
+    def _count(self, tensor: Tensor) -> None:
+        pointer, size = tensor.untyped_storage().data_ptr(), tensor.untyped_storage().nbytes()
+        if pointer in self._seen or not size:
+            return
+        self._seen[pointer] = size
+        self.live += size
+        self.peak = max(self.peak, self.live)
+        weakref.finalize(tensor, self._forget, pointer)
+
+    def _forget(self, pointer: int) -> None:
+        self.live -= self._seen.pop(pointer, 0)
+
+
+@dataclass
+class _Peak:
+    """The highest memory use of a measured call, in bytes."""
+
+    bytes: int = 0
+
+
+@contextmanager
+def peak_memory(device: str) -> Iterator[_Peak]:
+    """Measure what a call takes at its highest: the allocator's own count on CUDA, live tensors elsewhere."""
+    peak = _Peak()
+    if device.startswith("cuda"):
+        before = torch.cuda.memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+        yield peak
+        peak.bytes = torch.cuda.max_memory_allocated() - before
+    else:
+        with _LiveBytes() as counter:
+            yield peak
+        peak.bytes = counter.peak
+
+
+@dataclass
+class Capacity:
+    """Decides batch sizes. An operation of a kind and shape never seen runs alone once, and is measured.
+
+    `costs` is a file where measurements outlive the process. Used by the engine's thread alone, but for `describe`.
+    """
+
+    budget_bytes: int = 2**62
+    device: str = "cpu"
+    costs: Path | None = None
+    _bytes: dict[str, int] = field(default_factory=dict)
+    _limits: dict[str, int] = field(default_factory=dict)
+    _guard: threading.Lock = field(default_factory=threading.Lock)
+
+    def __post_init__(self) -> None:
+        if self.costs is not None and self.costs.exists():
+            try:
+                held = json.loads(self.costs.read_text())
+                self._bytes = {str(key): int(value) for key, value in held.items()}
+            except (ValueError, AttributeError, TypeError):
+                self._bytes = {}  # measured again
+
+    @property
+    def measures(self) -> bool:
+        """Whether a budget is set at all."""
+        return self.budget_bytes < 2**62
+
+    def limit(self, model: str, operation: Operation) -> int:
+        """Return how many such operations may share a batch."""
+        key = _key(model, operation)
+        most = min(MAX_BATCH[type(operation)], self._limits.get(key, 2**31))
+        if not self.measures:
+            return most
+        cost = self._bytes.get(key)
+        return 1 if cost is None else max(1, min(most, self.budget_bytes // max(cost, 1)))
+
+    @contextmanager
+    def measured(self, model: str, operations: Sequence[Operation]) -> Iterator[None]:
+        """Run a batch inside; if its kind was never measured and it is alone, measure it."""
+        key = _key(model, operations[0])
+        if not self.measures or key in self._bytes or len(operations) > 1:
+            yield
+            return
+        with peak_memory(self.device) as peak:
+            yield
+        with self._guard:
+            self._bytes[key] = peak.bytes
+            self._write()
+
+    def overflowed(self, model: str, operation: Operation, size: int) -> None:
+        """Take into account that a batch of so many did not fit: from now on at most half of it."""
+        self._limits[_key(model, operation)] = max(1, size // 2)
+        if self.device.startswith("cuda"):
+            torch.cuda.empty_cache()
+
+    def describe(self) -> dict[str, int]:
+        """Return the measured costs in bytes, by checkpoint, kind and shape."""
+        with self._guard:
+            return dict(self._bytes)
+
+    def _write(self) -> None:
+        if self.costs is None:
+            return
+        self.costs.parent.mkdir(parents=True, exist_ok=True)
+        partial = self.costs.with_name(f".{self.costs.name}.{os.getpid()}")
+        partial.write_text(json.dumps(self._bytes, indent=1))
+        partial.replace(self.costs)
+
+
+def _key(model: str, operation: Operation) -> str:
+    """Name what decides an operation's cost."""
+    detail = ""
+    if isinstance(operation, Denoise):
+        detail = f" x{sum(len(side.conditioning.tokens) for side in operation.sides)}"
+    return f"{model} {' '.join(map(str, group_key(operation)))}{detail}"
