@@ -6,6 +6,7 @@ import secrets
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 from latentfarm_shared.errors import InvalidField, Unavailable
 from latentfarm_shared.ledger import Ledger, WorkerStatus
@@ -15,7 +16,7 @@ from latentfarm_shared.prompts.tokens import ClipTokenizer
 from latentfarm_shared.records import CheckpointRecord, Lock
 from latentfarm_shared.registry import Registry
 from latentfarm_shared.settings import Settings
-from latentfarm_shared.specs import EmbeddingUse, JobSpec
+from latentfarm_shared.specs import EmbeddingUse, HiresFix, JobSpec, SamplingOptions
 from latentfarm_shared.storage import ObjectStore
 from latentfarm_shared.wakeups import make_celery, ring
 
@@ -70,10 +71,14 @@ class Farm:
         clip_skip: int = 1,
         count: int = 1,
         lane: str = "interactive",
+        hires: HiresFix | None = None,
+        options: SamplingOptions | None = None,
+        **parameters: Any,
     ) -> Job:
         """Submit a job of `count` images with seeds `seed`, `seed + 1`, …; -1 draws one.
 
-        `embeddings` are names, or `NAME:neg` for the negative prompt; those the prompts do not mention are added.
+        `hires` is A1111's hires fix, `options` are its sampler settings; `parameters` are the other fields of JobSpec
+        (variation_seed, rng, emphasis, tiling …). `embeddings` are names, or `NAME:neg` for the negative prompt; those the prompts do not mention are added.
 
         Raises:
             UsageError: what is wrong with the request, before anything is queued.
@@ -84,8 +89,9 @@ class Farm:
             "prompt": prompt, "negative_prompt": negative_prompt, "embeddings": uses, "model": model,
             "sampler": sampler, "schedule": schedule, "steps": steps, "cfg_scale": cfg_scale, "seed": seed,
             "width": width, "height": height, "clip_skip": clip_skip, "count": count, "lane": lane,
+            "hires": hires, "options": options or SamplingOptions(),
         }  # fmt: skip
-        return self.submit(JobSpec.check(values))
+        return self.submit(JobSpec.check(values | parameters))
 
     def submit(self, spec: JobSpec, job_id: str | None = None) -> Job:
         """Freeze a spec to a lock, write the job down, ring the workers; return once the job is on disk.
@@ -114,10 +120,9 @@ class Farm:
         """
         checkpoint = self.registry.checkpoint(spec.model)
         settled = settle(spec, checkpoint, self.registry.embeddings(), self._tokenizer(checkpoint))
-        seed = spec.seed if spec.seed >= 0 else secrets.randbelow(MAX_RANDOM_SEED - spec.count)
         if spec.clip_skip > checkpoint.layers:
             raise InvalidField("clip_skip", f"model {checkpoint.name!r} takes 1 to {checkpoint.layers}")
-        final = JobSpec.check(settled.spec.model_dump() | {"seed": seed})
+        final = JobSpec.check(settled.spec.model_dump() | _drawn_seeds(spec))
         return final, Lock(checkpoint=checkpoint, embeddings=settled.embeddings)
 
     def _send(self, spec: JobSpec, lock: Lock, job_id: str | None) -> Job:
@@ -171,3 +176,9 @@ class Farm:
             except ValueError as error:
                 raise InvalidField("model", f"{checkpoint.name!r} has no usable tokenizer ({error})") from error
         return self._tokenizers[checkpoint.hash]
+
+
+def _drawn_seeds(spec: JobSpec) -> dict[str, int]:
+    """Return seeds in place of those that are -1."""
+    seeds = {"seed": spec.seed} | ({"variation_seed": spec.variation_seed} if spec.variation_strength else {})
+    return {name: secrets.randbelow(MAX_RANDOM_SEED - spec.count) if seed < 0 else seed for name, seed in seeds.items()}

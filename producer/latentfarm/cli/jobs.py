@@ -6,13 +6,14 @@ import json
 import socket
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from latentfarm.cli.output import Data, Json, connect, describe, progress, show
 
 if TYPE_CHECKING:
+    from latentfarm_shared.infotext import Infotext
     from latentfarm_shared.ledger import JobStatus
 
     from latentfarm.jobs import Job
@@ -25,19 +26,35 @@ Timeout = Annotated[float | None, typer.Option(help="Give up waiting after so ma
 
 
 def generate(  # noqa: PLR0917 - typer turns each into an option
-    prompt: Annotated[str, typer.Argument(help="What to draw.", show_default=False)],
-    negative_prompt: Annotated[str, typer.Option("--negative", "-n", help="What not to draw.")] = "",
+    prompt: Annotated[str | None, typer.Argument(help="What to draw.", show_default=False)] = None,
+    negative_prompt: Annotated[str | None, typer.Option("--negative", "-n", help="What not to draw.")] = None,
     embedding: Annotated[
         list[str] | None, typer.Option("--embedding", "-e", help="NAME or NAME:neg; may be repeated.")
     ] = None,
-    model: Annotated[str, typer.Option("--model", "-m", help="Checkpoint.")] = "demo",
-    sampler: Annotated[str, typer.Option(help="Sampler, by its A1111 name.")] = "Euler",
-    schedule: Annotated[str, typer.Option(help="Noise schedule.")] = "Automatic",
-    steps: Annotated[int, typer.Option(help="1 to 150.")] = 20,
-    cfg: Annotated[float, typer.Option("--cfg", help="CFG scale, 1 to 30.")] = 7.0,
-    seed: Annotated[int, typer.Option(help="Seed of the first image; -1 draws one.")] = -1,
-    size: Annotated[str, typer.Option(help="Width x height in pixels, multiples of 8.")] = "128x128",
-    clip_skip: Annotated[int, typer.Option(help="1 is none.")] = 1,
+    source: Annotated[
+        Path | None, typer.Option("--from", help="Take everything not given from this picture's parameters.")
+    ] = None,
+    model: Annotated[str | None, typer.Option("--model", "-m", help="Checkpoint; demo.")] = None,
+    sampler: Annotated[str | None, typer.Option(help="Sampler, by its A1111 name; Euler.")] = None,
+    schedule: Annotated[str | None, typer.Option(help="Noise schedule; Automatic.")] = None,
+    steps: Annotated[int | None, typer.Option(help="1 to 150; 20.")] = None,
+    cfg: Annotated[float | None, typer.Option("--cfg", help="CFG scale, 0 to 30; 7.")] = None,
+    seed: Annotated[int | None, typer.Option(help="Seed of the first image; -1, the default, draws one.")] = None,
+    size: Annotated[str | None, typer.Option(help="Width x height in pixels, multiples of 8; 128x128.")] = None,
+    clip_skip: Annotated[int | None, typer.Option(help="1 is none.")] = None,
+    rng: Annotated[str | None, typer.Option(help="CPU, or NV for the noise of an NVIDIA GPU.")] = None,
+    variation: Annotated[
+        str | None, typer.Option(help="STRENGTH or STRENGTH:SEED, strength 0 to 1: mix in another seed's noise.")
+    ] = None,
+    hires: Annotated[float | None, typer.Option(help="Hires fix: enlarge so many times and render again.")] = None,
+    hires_upscaler: Annotated[str | None, typer.Option(help="Latent, Lanczos … or an upscaler model.")] = None,
+    hires_steps: Annotated[int | None, typer.Option(help="As many as the first pass, if not given.")] = None,
+    denoising: Annotated[float | None, typer.Option(help="Denoising strength of the hires pass; 0.7.")] = None,
+    emphasis: Annotated[str | None, typer.Option(help="Original, No norm, Ignore or None.")] = None,
+    tiling: Annotated[bool | None, typer.Option("--tiling", help="Make pictures that tile.")] = None,
+    option: Annotated[
+        list[str] | None, typer.Option("--set", help="Sampler setting as NAME=VALUE, such as eta=0.5; may be repeated.")
+    ] = None,
     count: Annotated[int, typer.Option("--count", "-c", help="How many images, seeds counting up.")] = 1,
     output: Annotated[Path | None, typer.Option("--output", "-o", help="Save the pictures in this folder.")] = None,
     detach: Annotated[bool, typer.Option("--detach", help="Print the id and do not wait.")] = False,
@@ -45,33 +62,41 @@ def generate(  # noqa: PLR0917 - typer turns each into an option
     data: Data = None,
     as_json: Json = False,
 ) -> None:
-    """Render images of one prompt.
+    """Render images of one prompt, or of a picture made before.
 
     Examples:
 
         latentfarm generate "masterpiece, corneo_dva" --seed 43 -c 4 -o out
 
-        latentfarm generate "1girl, blue hair" -e 16-token-demo-neg:neg --steps 30
+        latentfarm generate "1girl, blue hair" -e 16-token-demo-neg:neg --steps 30 --hires 2
+
+        latentfarm generate --from out/picture.png --sampler "DPM++ 2M" -o again
     """
-    width, height = _size(size)
+    from latentfarm_shared.errors import InvalidField  # noqa: PLC0415
+    from latentfarm_shared.specs import EmbeddingUse, JobSpec  # noqa: PLC0415
+
+    given = {
+        "prompt": prompt, "negative_prompt": negative_prompt, "model": model, "sampler": sampler, "schedule": schedule,
+        "steps": steps, "cfg_scale": cfg, "seed": seed, "clip_skip": clip_skip, "rng": rng, "emphasis": emphasis,
+        "tiling": tiling, "count": count, "embeddings": [EmbeddingUse.parse(use) for use in embedding or []],
+    }  # fmt: skip
+    second = {
+        "scale": hires, "upscaler": hires_upscaler, "steps": hires_steps, "denoising_strength": denoising,
+    }  # fmt: skip
+    if source is None and prompt is None:
+        raise InvalidField("prompt", "is missing; give one, or a picture with --from")
+    values: dict[str, Any] = _from_picture(source) if source else {}
+    values |= {name: value for name, value in given.items() if value is not None}
+    values |= _size(size) if size else {}
+    values |= _variation(variation) if variation else {}
+    chosen = {name: value for name, value in second.items() if value is not None}
+    if chosen:
+        values["hires"] = (values.get("hires") or {}) | chosen
+    values["options"] = (values.get("options") or {}) | _options(option or [])
+    spec = JobSpec.check(values)
     if output:
         output.mkdir(parents=True, exist_ok=True)
-    farm = connect(data)
-    job = farm.generate(
-        prompt,
-        negative_prompt=negative_prompt,
-        embeddings=embedding or [],
-        model=model,
-        sampler=sampler,
-        schedule=schedule,
-        steps=steps,
-        cfg_scale=cfg,
-        seed=seed,
-        width=width,
-        height=height,
-        clip_skip=clip_skip,
-        count=count,
-    )
+    job = connect(data).submit(spec)
     if detach:
         _print_ids([job], as_json=as_json)
         return
@@ -80,6 +105,63 @@ def generate(  # noqa: PLR0917 - typer turns each into an option
         _save(job, output)
     show([image.summary() for image in job.iter_images()], as_json=True) if as_json else typer.echo(job.id)
     _exit_code(job.status())
+
+
+def params(
+    file: Annotated[Path, typer.Argument(help="A PNG made here or by A1111.", show_default=False)],
+    as_json: Json = False,
+) -> None:
+    """Show the parameters written in a picture; needs no farm.
+
+    Example:
+
+        latentfarm params out/picture.png --json
+    """
+    found = _read_picture(file)
+    if as_json:
+        row = {"prompt": found.prompt, "negative_prompt": found.negative_prompt} | found.fields
+        typer.echo(json.dumps(row, ensure_ascii=False))
+        return
+    show(
+        [{"Prompt": found.prompt, "Negative prompt": found.negative_prompt} | found.fields], as_json=False, single=True
+    )
+
+
+def _read_picture(path: Path) -> Infotext:
+    from latentfarm_shared.errors import UnreadableFile  # noqa: PLC0415
+    from latentfarm_shared.infotext import read_png  # noqa: PLC0415
+
+    found = read_png(path.read_bytes())
+    if found is None:
+        raise UnreadableFile(str(path), "is no PNG with parameters in it")
+    return found
+
+
+def _from_picture(path: Path) -> dict[str, Any]:
+    from latentfarm_shared.infotext import spec_values  # noqa: PLC0415
+
+    return spec_values(_read_picture(path))
+
+
+def _variation(text: str) -> dict[str, str]:
+    strength, colon, seed = text.partition(":")
+    return {"variation_strength": strength} | ({"variation_seed": seed} if colon else {})
+
+
+def _options(pairs: list[str]) -> dict[str, str]:
+    """Read NAME=VALUE settings of samplers."""
+    from latentfarm_shared.errors import InvalidField, nearest  # noqa: PLC0415
+    from latentfarm_shared.specs import SamplingOptions  # noqa: PLC0415
+
+    options = {}
+    for pair in pairs:
+        name, equals, value = (part.strip() for part in pair.partition("="))
+        if not equals or name not in SamplingOptions.model_fields:
+            near = nearest(name, SamplingOptions.model_fields)
+            hint = f"; did you mean {near[0]}?" if near else f": one of {', '.join(SamplingOptions.model_fields)}"
+            raise InvalidField("set", f"{pair!r} should be NAME=VALUE with the name of a setting{hint}")
+        options[name] = value
+    return options
 
 
 def submit(
@@ -191,13 +273,13 @@ def list_workers(
         raise typer.Exit(1)
 
 
-def _size(text: str) -> tuple[int, int]:
+def _size(text: str) -> dict[str, int]:
     from latentfarm_shared.errors import InvalidField  # noqa: PLC0415
 
     width, cross, height = text.lower().partition("x")
     if not cross or not width.strip().isdecimal() or not height.strip().isdecimal():
         raise InvalidField("size", f"{text!r} should be like 128x128")
-    return int(width), int(height)
+    return {"width": int(width), "height": int(height)}
 
 
 def _print_ids(jobs: list[Job], *, as_json: bool) -> None:
