@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import copy
 from collections import OrderedDict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import torch
+from latentfarm_shared.errors import UnknownName
+from latentfarm_shared.names import LATENT_UPSCALERS, PLAIN_UPSCALERS
 from latentfarm_shared.prompts.tokens import ClipTokenizer
 from torch import Tensor, nn
 
@@ -64,22 +66,6 @@ class Upscaler(Protocol):
         ...
 
 
-class NoUpscalers(Mapping[str, Upscaler]):
-    """A library without upscaler models."""
-
-    def __getitem__(self, key: str) -> Upscaler:
-        """Hold nothing."""
-        raise KeyError(key)
-
-    def __iter__(self) -> Iterator[str]:
-        """Hold nothing."""
-        return iter(())
-
-    def __len__(self) -> int:
-        """Hold nothing."""
-        return 0
-
-
 @dataclass(frozen=True, eq=False)
 class Parts:
     """What a checkpoint is made of, on its device."""
@@ -112,6 +98,11 @@ class ConditioningCache:
         self._held.move_to_end(key)
         return found
 
+    def clear(self) -> None:
+        """Give up everything."""
+        self._held.clear()
+        self._bytes = 0
+
     def put(self, key: tuple[object, ...], value: tuple[Conditioning, ...]) -> None:
         """Hold a value."""
         if key in self._held:
@@ -136,9 +127,14 @@ class Checkpoint:
         self.name, self.tokenizer, self.family, self.noise = name, parts.tokenizer, parts.family, parts.noise
         self.device, self.is_precise = runtime.device, runtime.dtype == torch.float32
         self.cache = ConditioningCache()
-        self._parts, self._runtime, self._upscalers = parts, runtime, upscalers or NoUpscalers()
+        self._parts, self._runtime, self._upscalers = parts, runtime, {} if upscalers is None else upscalers
         self._precise: dict[str, Any] = {}
         self._tiled: dict[int, bool] = {}
+
+    @property
+    def encoders(self) -> Sequence[TextEncoder]:
+        """Its text encoders."""
+        return self._parts.encoders
 
     @property
     def bytes(self) -> int:
@@ -149,6 +145,15 @@ class Checkpoint:
     def wants_zero(self, negative: LaidPart) -> bool:
         """Tell whether a negative prompt stands for zeros: an empty one does in SDXL."""
         return self.family == "sdxl" and all(not chunk.length for text in negative.texts for chunk in text)
+
+    def require_upscaler(self, name: str) -> None:
+        """Make sure an upscaler is there.
+
+        Raises:
+            UnknownName: it is not; with the nearest.
+        """
+        if name not in (*LATENT_UPSCALERS, *PLAIN_UPSCALERS) and name.lower() not in map(str.lower, self._upscalers):
+            raise UnknownName.among("upscaler", name, (*LATENT_UPSCALERS, *PLAIN_UPSCALERS, *self._upscalers))
 
     # ---- text
 

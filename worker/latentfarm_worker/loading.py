@@ -104,13 +104,15 @@ def _load_single_file(record: CheckpointRecord, folder: Path, runtime: Runtime) 
 
 def _placed(module: Any, runtime: Runtime, dtype: torch.dtype) -> Any:
     layout = torch.channels_last if runtime.channels_last else torch.preserve_format
-    return module.to(runtime.device, dtype, memory_format=layout).eval().requires_grad_(requires_grad=False)
+    moved = module.to(runtime.device, memory_format=layout)
+    return (moved if moved.dtype == dtype else moved.to(dtype)).eval().requires_grad_(requires_grad=False)
 
 
 def _placed_encoder(module: Any, runtime: Runtime) -> Any:
     """Put a text encoder on the device, or leave it on the CPU, in float32, to save the device's memory."""
     device, dtype = ("cpu", torch.float32) if runtime.offload_text else (runtime.device, runtime.dtype)
-    return module.to(device, dtype).eval().requires_grad_(requires_grad=False)
+    moved = module.to(device)
+    return (moved if moved.dtype == dtype else moved.to(dtype)).eval().requires_grad_(requires_grad=False)
 
 
 def _vae_dtype(vae: Any, runtime: Runtime) -> torch.dtype:

@@ -38,12 +38,19 @@ PR_SET_PDEATHSIG = 1
 class WorkerProcess:
     """Ties a `Worker` to Celery, to the supervisor's orders and to the sweeper."""
 
-    def __init__(self, settings: Settings, name: str, vitals: Vitals, models: frozenset[str]) -> None:
+    def __init__(
+        self,
+        settings: Settings,
+        name: str,
+        vitals: Vitals,
+        models: frozenset[str],
+        make_worker: Callable[[str, Settings, Ledger, ObjectStore, Vitals], Worker] = Worker,
+    ) -> None:
         """Wire everything; `models` are the checkpoints to serve, none for all."""
         self._settings, self._name, self._models = settings, name, models
         self._ledger = Ledger.connect(settings)
         self._celery = make_celery(settings)
-        self._worker = Worker(name, settings, self._ledger, ObjectStore(settings), vitals)
+        self._worker = make_worker(name, settings, self._ledger, ObjectStore(settings), vitals)
         self._vitals = vitals
         self._node = f"latentfarm@{name}"
         self._retry_at: dict[str, float] = {}
@@ -56,6 +63,7 @@ class WorkerProcess:
         queues = self._load_new()
         self._worker.advertise()
         self._worker.start()
+        self._begin()
         setup_logging.connect(lambda **_: None, weak=False)
         worker_ready.connect(self._on_ready, weak=False)
         self._celery.worker_main(
@@ -71,6 +79,18 @@ class WorkerProcess:
         def wake(queue: str, ticket: str) -> None:
             self._ledger.answered(queue, ticket)
             self._worker.serve(lambda: self._ring(queue), urgent=queue.startswith(LANES[0]))
+
+    def _begin(self) -> None:
+        """Serve what waits already, while Celery is still coming up: a slot each, as wake-ups would."""
+        for number in range(self._settings.slots):
+            serve = threading.Thread(target=self._serve_early, name=f"early {number}", daemon=True)
+            serve.start()
+
+    def _serve_early(self) -> None:
+        try:
+            self._worker.serve(lambda: None, urgent=False)
+        except FarmError as error:
+            log.warning("wake-ups will find what is left", error=str(error))
 
     def _ring(self, queue: str) -> None:
         ring(self._celery, queue, self._ledger.ring(queue))
@@ -160,7 +180,7 @@ def check_device(device: str) -> None:
         raise InvalidField("device", "'mps': PyTorch sees no Apple GPU here")
 
 
-def main() -> None:
+def main(make_worker: Callable[[str, Settings, Ledger, ObjectStore, Vitals], Worker] = Worker) -> None:
     """Parse what the supervisor passes and run."""
     parser = argparse.ArgumentParser(prog="latentfarm_worker.process")
     parser.add_argument("--name", required=True)
@@ -177,7 +197,7 @@ def main() -> None:
         vitals = Vitals(arguments.vitals)
         models = frozenset(filter(None, arguments.models.lower().split(",")))
         check_device(settings.device)
-        WorkerProcess(settings, arguments.name, vitals, models).run()
+        WorkerProcess(settings, arguments.name, vitals, models, make_worker).run()
     except FarmError as error:
         log.error("worker cannot start", error=str(error))
         sys.exit(error.exit_code)

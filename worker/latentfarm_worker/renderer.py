@@ -106,6 +106,11 @@ class Renderer:
         self.know(record)
         return record
 
+    @property
+    def embeddings(self) -> tuple[EmbeddingRecord, ...]:
+        """Every embedding known by name."""
+        return tuple(self._embeddings.values())
+
     def know(self, record: EmbeddingRecord) -> None:
         """Make an embedding of the shelf usable by name."""
         self._embeddings[record.name.lower()] = record
@@ -130,6 +135,11 @@ class Renderer:
         render = txt2img(request, self.checkpoint)
         return self.engine.submit(render, self.checkpoint, urgent=urgent, deadline=deadline)
 
+    @staticmethod
+    def spec(prompt: str, **parameters: Any) -> JobSpec:
+        """Return a job with a seed that is settled, 0 if none is given; parameters are JobSpec's."""
+        return JobSpec.check({"prompt": prompt, "seed": 0} | parameters)
+
     def render(self, prompt: str, **parameters: Any) -> list[Tensor]:
         """Render the images of a job, in order, each `[H, W, 3]` uint8; parameters are JobSpec's.
 
@@ -137,7 +147,7 @@ class Renderer:
             UsageError: the request is wrong.
             RenderError: an image failed.
         """
-        spec, lock = self.freeze(JobSpec.check({"prompt": prompt, "seed": 0} | parameters))
+        spec, lock = self.freeze(self.spec(prompt, **parameters))
         futures = [self.submit(spec, lock, index) for index in range(spec.count)]
         return [checked(future.result(), lock).pixels for future in futures]
 

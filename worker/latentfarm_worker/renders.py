@@ -41,6 +41,10 @@ class RenderModel(Protocol):
         """Tell whether a negative prompt stands for zeros."""
         ...
 
+    def require_upscaler(self, name: str) -> None:
+        """Make sure an upscaler is there."""
+        ...
+
 
 @dataclass(eq=False)
 class Progress:
@@ -56,7 +60,7 @@ class Progress:
         self.stage, self.step, self.steps = stage, 0, steps
 
     def advance(self, latent: Tensor) -> None:
-        """Count a model call and keep what it saw, for previews."""
+        """Count a model call and keep the clean latent it guessed, for previews."""
         self.step, self.latent = self.step + 1, latent
 
 
@@ -112,9 +116,12 @@ def txt2img(request: RenderRequest, model: RenderModel) -> Render:
     A picture with values that are not finite, or all black, is made once more in float32.
 
     Raises:
-        BrokenPicture: it is no better in float32.
+        UnknownName: the hires pass asks for an upscaler that is not there.
+        BrokenPicture: the picture is no better in float32.
     """
     tiling = request.image.job.tiling
+    if request.hires is not None:
+        model.require_upscaler(_hires(request).upscaler)
     for precise in (False, True):
         guidance = yield from _guidance(request, request.first, model, request.image.job.sampler)
         latent = yield from first_pass(request, guidance, model, precise=precise)
@@ -315,8 +322,12 @@ class _Asker:
                 tiling=job.tiling,
                 precise=self.precise,
             )
-            self.request.progress.advance(latent)
+            self.request.progress.advance(self._clean(latent, answer))
             call += 1
+
+    def _clean(self, latent: Tensor, answer: Tensor) -> Tensor:
+        """Return the clean latent of an answer; timestep samplers are told the noise, whose place the latent takes."""
+        return latent if TRAITS[self.sampler].kind == "timesteps" else answer
 
     def _scaling(self, level: float) -> Scaling:
         if TRAITS[self.sampler].kind == "timesteps":

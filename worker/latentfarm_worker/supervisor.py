@@ -32,10 +32,16 @@ FATAL_EXITS = (2,)
 class Supervisor:
     """Runs one worker until it is told to stop."""
 
-    def __init__(self, settings: Settings, models: tuple[str, ...] = (), data: Path | None = None) -> None:
-        """Name the worker; nothing is started yet."""
+    def __init__(
+        self,
+        settings: Settings,
+        models: tuple[str, ...] = (),
+        data: Path | None = None,
+        process: str = "latentfarm_worker.process",
+    ) -> None:
+        """Name the worker; nothing is started yet. `process` is the module that is run and watched."""
         self.name = f"{socket.gethostname()}-{secrets.token_hex(3)}"
-        self._settings, self._models, self._data = settings, models, data
+        self._settings, self._models, self._data, self._process = settings, models, data, process
         self._ledger = Ledger.connect(settings)
         self._stop_at: float | None = None
 
@@ -72,7 +78,7 @@ class Supervisor:
         with tempfile.TemporaryDirectory(prefix="latentfarm-") as folder:
             path = Path(folder) / "vitals"
             vitals = Vitals(path, create=True)
-            command = [sys.executable, "-m", "latentfarm_worker.process", "--name", self.name, "--vitals", str(path)]
+            command = [sys.executable, "-m", self._process, "--name", self.name, "--vitals", str(path)]
             command += ["--models", ",".join(self._models)] + (["--data", str(self._data)] if self._data else [])
             process = subprocess.Popen(command, stdin=subprocess.PIPE, start_new_session=True, text=True)
             try:

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from latentfarm_shared.errors import MissingExtra, UnknownName, UnreadableFile
+from latentfarm_shared.errors import MissingExtra, UnreadableFile
 from torch import Tensor
 
 SUFFIXES = (".pth", ".safetensors", ".pt")
@@ -34,12 +34,11 @@ class UpscalerFolder(Mapping[str, Any]):
         """Return a model, `[B, 3, h, w]` in, larger out.
 
         Raises:
-            UnknownName: there is none of that name; with the nearest.
+            KeyError: there is none of that name.
             UnreadableFile: it is no upscaler of pictures with three channels.
+            MissingExtra: spandrel is not installed.
         """
-        path = self._paths.get(name.lower())
-        if path is None:
-            raise UnknownName.among("upscaler", name, self)
+        path = self._paths[name.lower()]
         if name.lower() not in self._loaded:
             self._loaded[name.lower()] = self._load(path)
         return self._loaded[name.lower()]

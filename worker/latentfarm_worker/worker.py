@@ -100,12 +100,12 @@ class Worker:
 
     def _checkpoint(self, record: CheckpointRecord) -> AbstractContextManager[Checkpoint]:
         """Hold a checkpoint, which is fetched and loaded if it is not in memory."""
+        return self._shelf.using(record.hash, lambda: self.load_checkpoint(record))
 
-        def load() -> Checkpoint:
-            folder = fetch_checkpoint(record, self.registry, self._settings.cache, on_progress=self._vitals.progress)
-            return load_checkpoint(record, folder, self.bank, self._runtime, self._settings.upscalers)
-
-        return self._shelf.using(record.hash, load)
+    def load_checkpoint(self, record: CheckpointRecord) -> Checkpoint:
+        """Fetch and load a checkpoint; a simulated worker overrides this."""
+        folder = fetch_checkpoint(record, self.registry, self._settings.cache, on_progress=self._vitals.progress)
+        return load_checkpoint(record, folder, self.bank, self._runtime, self._settings.upscalers)
 
     def has(self, record: CheckpointRecord) -> bool:
         """Tell whether a checkpoint is served."""
