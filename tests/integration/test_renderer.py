@@ -1,6 +1,8 @@
 """The offline renderer on the demo checkpoint: mixtures, determinism, proof, previews."""
 
+import re
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -175,3 +177,12 @@ def test_half_precision_renders_the_same_picture() -> None:
         pictures = [r.render("masterpiece, corneo_dva", seed=43, steps=8)[0].int() for r in (full, half)]
 
     assert (pictures[0] - pictures[1]).abs().float().mean() < 12
+
+
+def test_example_of_the_readme_works() -> None:
+    blocks = re.findall(r"```python\n(.*?)```", (Path(__file__).parents[2] / "README.md").read_text("utf-8"), re.DOTALL)
+    found: dict[str, Any] = {}
+
+    exec(compile(next(code for code in blocks if "Renderer" in code), "README.md", "exec"), found)  # noqa: S102
+
+    assert [tuple(picture.shape) for picture in found["pictures"]] == [(128, 128, 3)]

@@ -1,9 +1,11 @@
+import time
+
 import pytest
 from latentfarm_shared.errors import EmbeddingRefused, InvalidField, UnknownName
 from latentfarm_shared.prompts.contract import Settled, edit_distance, settle
 from latentfarm_shared.prompts.tokens import ClipTokenizer
 from latentfarm_shared.records import EmbeddingRecord
-from latentfarm_shared.specs import EmbeddingUse, JobSpec
+from latentfarm_shared.specs import EmbeddingUse, HiresFix, JobSpec
 
 from tests.conftest import checkpoint, embedding
 
@@ -110,3 +112,33 @@ def test_lora_is_refused_by_name(demo_tokenizer: ClipTokenizer) -> None:
 @pytest.mark.parametrize(("left", "right", "distance"), [("", "ab", 2), ("kitten", "sitting", 3), ("a", "a", 0)])
 def test_edit_distance(left: str, right: str, distance: int) -> None:
     assert edit_distance(left, right) == distance
+
+
+def test_prompt_that_would_keep_a_device_busy_is_refused(demo_tokenizer: ClipTokenizer) -> None:
+    many = "|".join(f"cat{number}" for number in range(120))
+    for prompt in ("a AND " * 200 + "a", f"[{many}] " + "word " * 3000):
+        with pytest.raises(InvalidField, match="prompt"):
+            settle(JobSpec(prompt=prompt, steps=150), checkpoint(), {}, demo_tokenizer)
+
+
+@pytest.mark.parametrize("prompt", ["[" * 20_000, "[a|" * 5_000, "(" * 9_000 + ")" * 9_000, "[[a:b:1]" * 2_000])
+def test_hostile_brackets_are_read_in_no_time(demo_tokenizer: ClipTokenizer, prompt: str) -> None:
+    began = time.monotonic()
+
+    settle(JobSpec(prompt=prompt, steps=20), checkpoint(), {}, demo_tokenizer)
+
+    assert time.monotonic() - began < 10
+
+
+def test_embeddings_of_every_text_and_pass_are_found(demo_tokenizer: ClipTokenizer) -> None:
+    known = {name: embedding(name) for name in ("first-1", "second-2", "third-3")}
+    spec = JobSpec(
+        prompt="a [first-1:cat:0.5] AND dog # third-3",
+        hires=HiresFix(prompt="a [cat|second-2]"),
+    )
+
+    settled = settle(spec, checkpoint(), known, demo_tokenizer)
+
+    assert {record.name for record in settled.embeddings} == {"first-1", "second-2"}
+    assert settled.spec.hires is not None
+    assert "#" not in settled.spec.prompt

@@ -7,7 +7,7 @@ import os
 import threading
 import weakref
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -138,10 +138,11 @@ class Capacity:
     def _write(self) -> None:
         if self.costs is None:
             return
-        self.costs.parent.mkdir(parents=True, exist_ok=True)
         partial = self.costs.with_name(f".{self.costs.name}.{os.getpid()}")
-        partial.write_text(json.dumps(self._bytes, indent=1))
-        partial.replace(self.costs)
+        with suppress(OSError):  # a full disk costs a measurement at the next start, not an image
+            self.costs.parent.mkdir(parents=True, exist_ok=True)
+            partial.write_text(json.dumps(self._bytes, indent=1))
+            partial.replace(self.costs)
 
 
 def _key(model: str, operation: Operation) -> str:

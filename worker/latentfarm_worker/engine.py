@@ -119,6 +119,7 @@ class Engine:
         Past `deadline` (monotonic seconds) it ends with DeadlineExceeded at its next operation.
         """
         ticket = Ticket(render, model, urgent, deadline)
+        ticket.future.set_running_or_notify_cancel()  # `cancel` is the way; a canceled future would take no result
         with self._changed:
             self._waiting.append(ticket)
             self._changed.notify()

@@ -11,6 +11,7 @@ from latentfarm_shared.settings import Settings
 from torch import Tensor
 
 T = TypeVar("T")
+MAX_ROWS = 64
 _DTYPES = {"auto": None, "float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
 
@@ -50,9 +51,9 @@ class Runtime:
         )
 
     def fixed(self, rows: Sequence[T], size: int | None = None) -> Iterator[list[T]]:
-        """Split rows into calls: one call of all, or calls of the fixed size, the last filled up with its first row."""
+        """Split rows into calls of up to MAX_ROWS, or of the fixed size, the last filled up with its first row."""
         if not self.fixed_size:
-            yield list(rows)
+            yield from (list(rows[start : start + MAX_ROWS]) for start in range(0, len(rows), MAX_ROWS))
             return
         size = size or self.fixed_size
         for start in range(0, len(rows), size):

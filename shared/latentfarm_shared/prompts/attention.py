@@ -6,6 +6,8 @@ import re
 from dataclasses import dataclass
 
 UP, DOWN = 1.1, 1 / 1.1
+MAX_OPEN = 100  # of one kind at once; further ones are text
+_OPENS = {")": "(", "]": "["}
 
 _TOKEN = re.compile(
     r"""
@@ -37,53 +39,63 @@ def parse_attention(prompt: str, *, break_as_word: bool = False) -> tuple[Segmen
     of A1111 v1.10.1, except that `BREAK` counts inside brackets too. A1111 encodes it there as a word of negative
     weight, which `break_as_word` does as well.
     """
-    pieces: list[Segment] = []
-    opened: list[tuple[str, int]] = []
+    pieces: list[_Piece] = []
+    opened: dict[str, list[int]] = {"(": [], "[": []}
     for match in _TOKEN.finditer(prompt):
         kind, value = match.lastgroup, match.group(match.lastgroup or 0)
-        if kind == "open":
-            opened.append((value, len(pieces)))
-        elif kind == "weight" and opened and opened[-1][0] == "(":
-            _scale(pieces, opened.pop()[1], float(value))
-        elif kind == "close" and opened and opened[-1][0] == {")": "(", "]": "["}[value]:
-            _scale(pieces, opened.pop()[1], UP if value == ")" else DOWN)
+        if kind == "open" and len(opened[value]) < MAX_OPEN:
+            opened[value].append(len(pieces))
+        elif kind == "weight" and opened["("]:
+            _scale(pieces, opened["("].pop(), float(value))
+        elif kind == "close" and opened[_OPENS[value]]:
+            _scale(pieces, opened[_OPENS[value]].pop(), UP if value == ")" else DOWN)
         elif kind == "text":
             pieces += _split_breaks(value)
         else:
-            pieces.append(Segment(match.group() if kind == "weight" else value))
-    for bracket, start in reversed(opened):
-        _scale(pieces, start, UP if bracket == "(" else DOWN)
+            pieces.append(_Piece(match.group() if kind == "weight" else value))
+    for bracket, starts in opened.items():
+        for start in starts:
+            _scale(pieces, start, UP if bracket == "(" else DOWN)
     if break_as_word:
         pieces = [_as_word(piece) for piece in pieces]
     return _merge(pieces) or (Segment(""),)
 
 
-def _as_word(piece: Segment) -> Segment:
-    return Segment("BREAK", -piece.weight) if piece.is_break and piece.weight != 1.0 else piece
+@dataclass
+class _Piece:
+    """A segment in the making."""
+
+    text: str
+    weight: float = 1.0
+    is_break: bool = False
 
 
-def _scale(pieces: list[Segment], start: int, factor: float) -> None:
+def _as_word(piece: _Piece) -> _Piece:
+    return _Piece("BREAK", -piece.weight) if piece.is_break and piece.weight != 1.0 else piece
+
+
+def _scale(pieces: list[_Piece], start: int, factor: float) -> None:
     for index in range(start, len(pieces)):
-        piece = pieces[index]
-        pieces[index] = Segment(piece.text, piece.weight * factor, piece.is_break)
+        pieces[index].weight *= factor
 
 
-def _split_breaks(text: str) -> list[Segment]:
+def _split_breaks(text: str) -> list[_Piece]:
     parts = _BREAK.split(text)
-    pieces = [Segment(parts[0])]
+    pieces = [_Piece(parts[0])]
     for part in parts[1:]:
-        pieces += [Segment("", is_break=True), Segment(part)]
+        pieces += [_Piece("", is_break=True), _Piece(part)]
     return pieces
 
 
-def _merge(pieces: list[Segment]) -> tuple[Segment, ...]:
-    merged: list[Segment] = []
+def _merge(pieces: list[_Piece]) -> tuple[Segment, ...]:
+    """Join neighbours of one weight and drop what is empty."""
+    merged: list[_Piece] = []
     for piece in pieces:
         if not piece.is_break and not piece.text:
             continue
         last = merged[-1] if merged else None
         if last and not last.is_break and not piece.is_break and last.weight == piece.weight:
-            merged[-1] = Segment(last.text + piece.text, last.weight)
+            last.text += piece.text
         else:
             merged.append(piece)
-    return tuple(merged)
+    return tuple(Segment(piece.text, piece.weight, piece.is_break) for piece in merged)

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from latentfarm_shared.errors import EmbeddingRefused, InvalidField, UnknownName
 from latentfarm_shared.prompts.chunks import Reading
 from latentfarm_shared.prompts.editing import Timeline
-from latentfarm_shared.prompts.language import parse_negative, parse_positive, strip_comments
+from latentfarm_shared.prompts.language import parse_negative, parse_positive, split_and, strip_comments
 from latentfarm_shared.prompts.matching import Mention, NameMatcher
 from latentfarm_shared.prompts.tokens import ClipTokenizer
 from latentfarm_shared.records import CheckpointRecord, EmbeddingRecord
@@ -22,6 +22,7 @@ from latentfarm_shared.specs import Compat, JobSpec, Side
 _EXPLICIT = re.compile(r"(?<![\w-])embedding:(?P<comfy>[^\s,()\[\]<>:|]+)|<(?P<angle>[^<>:\n]+)>")
 _EXTRA_NETWORK = re.compile(r"<(\w+):[^<>]*>")
 _WORDS = re.compile(r"[^\s,.;!?()\[\]|:\"']+")
+MAX_PARTS, MAX_CHARACTERS = 32, 200_000
 _CODE_LIKE = re.compile(r"[\d_-]")
 
 
@@ -49,6 +50,7 @@ def settle(
     for field, written in spec.prompts:
         side: Side = "negative" if field.endswith("negative_prompt") else "positive"
         prompt, explicit = _replace_explicit(strip_comments(written), field, known, spec.compat)
+        _refuse_too_much(prompt, field, spec)
         mentioned = _mentions(prompt, matcher, spec)
         for use in (use for use in spec.embeddings if use.side == side):
             record = _lookup(use.name, known)
@@ -66,6 +68,18 @@ def settle(
             used[record.name.lower()] = record
         prompts[field] = prompt
     return Settled(spec.with_prompts(prompts), tuple(used.values()))
+
+
+def _refuse_too_much(prompt: str, field: str, spec: JobSpec) -> None:
+    """Refuse a prompt whose parts or changing texts would keep a device busy with nothing else."""
+    timeline = Timeline(spec.steps)
+    if len(split_and(prompt)) > MAX_PARTS and not field.endswith("negative_prompt"):
+        raise InvalidField(field, f"has more than {MAX_PARTS} parts joined by AND")
+    parts = (*parse_positive(prompt, timeline), *parse_negative(prompt, timeline))
+    if sum(len(text) for text in {entry.text for part in parts for entry in part.entries}) > MAX_CHARACTERS:
+        raise InvalidField(
+            field, "changes too often for its length; shorten it, or what stands around its alternations"
+        )
 
 
 def _texts(prompt: str, spec: JobSpec) -> Iterator[str]:
