@@ -14,13 +14,13 @@ from latentfarm_shared.specs import JobSpec
 from latentfarm_worker.renderer import Renderer
 from latentfarm_worker.renders import Rendered
 
-from bench.pairs import interleaved, percentile, ratio
+from bench.pairs import PAIRS, interleaved, percentile, ratio
 from bench.rivals import job
 
 STEPS = (10, 20, 30, 50)
 SAMPLERS = ("Euler", "DPM++ 2M", "DDIM")
 SCALES = (1.0, 5.0, 7.0)
-REQUESTS, BATCH, OVERLOAD = 40, 8, 1.2
+REQUESTS, BATCH, OVERLOAD = 24, 8, 1.2
 
 
 @dataclass(frozen=True)
@@ -113,7 +113,7 @@ def request_level(renderer: Renderer, requests: list[Request]) -> Outcome:
     return outcome(requests, done_s)
 
 
-def compare(renderer: Renderer, edges: tuple[int, ...]) -> dict[str, Any]:
+def compare(renderer: Renderer, edges: tuple[int, ...], rounds: int = PAIRS) -> dict[str, Any]:
     """Run both over the same loads; the rate is what overloads request-level batching a little."""
     rate = OVERLOAD * request_level(renderer, load(renderer, 1e6, 0, edges)).rate
     outcomes: dict[str, list[Outcome]] = {"continuous": [], "request level": []}
@@ -124,7 +124,7 @@ def compare(renderer: Renderer, edges: tuple[int, ...]) -> dict[str, Any]:
         outcomes[name].append(run(renderer, load(renderer, rate, next(seeds[name]), edges)))
         return outcomes[name][-1].rate
 
-    interleaved({name: lambda name=name: arm(name) for name in outcomes})  # type: ignore[misc]
+    interleaved({name: lambda name=name: arm(name) for name in outcomes}, rounds)  # type: ignore[misc]
     kept = {name: found[1:] for name, found in outcomes.items()}
     rates = {name: [o.rate for o in found] for name, found in kept.items()}
     waits = {name: [o.p95_s for o in found] for name, found in kept.items()}
@@ -140,4 +140,4 @@ def compare(renderer: Renderer, edges: tuple[int, ...]) -> dict[str, Any]:
 def measure() -> dict[str, Any]:
     """Return the comparison at one size, and at two sizes mixed."""
     with Renderer("demo", slots=BATCH) as renderer:
-        return {"one size": compare(renderer, (128,)), "two sizes": compare(renderer, (96, 128))}
+        return {"one size": compare(renderer, (128,)), "two sizes": compare(renderer, (96, 128), 3)}

@@ -16,7 +16,7 @@ from latentfarm_shared.prompts.tokens import ClipTokenizer
 from latentfarm_shared.records import CheckpointRecord, Lock
 from latentfarm_shared.registry import Registry
 from latentfarm_shared.settings import Settings
-from latentfarm_shared.specs import EmbeddingUse, HiresFix, JobSpec, SamplingOptions
+from latentfarm_shared.specs import EmbeddingUse, HiresFix, JobSpec, SamplingOptions, drawn_seeds
 from latentfarm_shared.storage import ObjectStore
 from latentfarm_shared.wakeups import make_celery, ring
 
@@ -120,9 +120,7 @@ class Farm:
         """
         checkpoint = self.registry.checkpoint(spec.model)
         settled = settle(spec, checkpoint, self.registry.embeddings(), self._tokenizer(checkpoint))
-        if spec.clip_skip > checkpoint.layers:
-            raise InvalidField("clip_skip", f"model {checkpoint.name!r} takes 1 to {checkpoint.layers}")
-        final = JobSpec.check(settled.spec.model_dump() | _drawn_seeds(spec))
+        final = JobSpec.check(settled.spec.model_dump() | drawn_seeds(spec, secrets.randbelow))
         return final, Lock(checkpoint=checkpoint, embeddings=settled.embeddings)
 
     def _send(self, spec: JobSpec, lock: Lock, job_id: str | None) -> Job:
@@ -176,9 +174,3 @@ class Farm:
             except ValueError as error:
                 raise InvalidField("model", f"{checkpoint.name!r} has no usable tokenizer ({error})") from error
         return self._tokenizers[checkpoint.hash]
-
-
-def _drawn_seeds(spec: JobSpec) -> dict[str, int]:
-    """Return seeds in place of those that are -1."""
-    seeds = {"seed": spec.seed} | ({"variation_seed": spec.variation_seed} if spec.variation_strength else {})
-    return {name: secrets.randbelow(MAX_RANDOM_SEED - spec.count) if seed < 0 else seed for name, seed in seeds.items()}

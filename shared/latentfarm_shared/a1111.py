@@ -62,9 +62,12 @@ _OPTIONS = {
 _SETTINGS: dict[str, tuple[str, Callable[[Any], Any]]] = {
     "CLIP_stop_at_last_layers": ("clip_skip", int),
     "emphasis": ("emphasis", str),
-    "randn_source": ("rng", str),
+    "randn_source": ("rng", lambda source: "CPU" if source == "CPU" else "NV"),
     "eta_noise_seed_delta": ("ensd", int),
 }
+_DEFAULTS: dict[str, Any] = {
+    "width": 512, "height": 512, "steps": 50, "denoising_strength": 0.75, "randn_source": "GPU",
+}  # fmt: skip
 _ETAS = ("eta_ancestral", "eta_ddim")
 _SWITCHES = (
     "enable_hr",
@@ -84,13 +87,21 @@ KNOWN = (
 def spec_from_request(request: Mapping[str, Any]) -> JobSpec:
     """Return the job an A1111 API request describes; `override_settings` may stand among the fields or apart.
 
-    Absent fields have A1111's defaults. Images of a batch and batches are one job's images, as their seeds count on.
+    Absent fields have A1111's defaults: 512 x 512, 50 steps, the noise of a GPU. Images of a batch and batches are one
+    job's images, as their seeds count on.
 
     Raises:
         InvalidField: a field the farm does not take.
         UnknownName: no such sampler or schedule.
     """
-    given = dict(request)
+    try:
+        return _spec(request)
+    except (TypeError, ValueError, AttributeError) as error:
+        raise InvalidField("request", f"holds a value of the wrong kind ({error})") from error
+
+
+def _spec(request: Mapping[str, Any]) -> JobSpec:
+    given = _DEFAULTS | {name: value for name, value in request.items() if value is not None}
     given |= given.pop("override_settings", None) or {}
     for name in given:
         if name not in KNOWN:
@@ -104,9 +115,8 @@ def spec_from_request(request: Mapping[str, Any]) -> JobSpec:
     if given.get("seed_resize_from_w", 0) > 0 and given.get("seed_resize_from_h", 0) > 0:
         values["seed_resize"] = given["seed_resize_from_w"], given["seed_resize_from_h"]
     if given.get("enable_hr"):
-        values["hires"] = {
-            ours: given[theirs] for theirs, ours in _HIRES.items() if given.get(theirs) not in (None, "")
-        }
+        unset = (None, "", "Use same sampler", "Use same scheduler")
+        values["hires"] = {ours: given[theirs] for theirs, ours in _HIRES.items() if given.get(theirs) not in unset}
     if given.get("use_old_scheduling"):
         values["compat"] = ("old_prompt_timelines",)
     return JobSpec.check(values | {"options": _options(given, values["sampler"])})

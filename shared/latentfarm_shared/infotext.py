@@ -12,14 +12,17 @@ from dataclasses import dataclass
 from typing import Any
 
 from latentfarm_shared import __version__
+from latentfarm_shared.errors import InvalidField
 from latentfarm_shared.names import TRAITS, effective_schedule
 from latentfarm_shared.png import png_texts
 from latentfarm_shared.records import Lock
 from latentfarm_shared.specs import HiresFix, ImageSpec, JobSpec, SamplingOptions
 
 KEYWORD = "parameters"
-_PAIR = re.compile(r'\s*(\w[\w \-/]+):\s*(\{[^{}]*\}|"(?:\\.|[^\\"])+"|[^,]*)(?:,|$)')
-_SIZE = re.compile(r"(\d+)x(\d+)")
+_PAIR = re.compile(r'\s*(\w[\w \-/]{1,60}):\s*(\{[^{}]*\}|"(?:\\.|[^\\"])+"|[^,]*)(?:,|$)')
+_SIZE = re.compile(r"(\d{1,5})x(\d{1,5})")
+_SIZE_KEYS = ("Size", "Hires resize", "Seed resize from", "First pass size")
+MAX_CHARACTERS = 200_000
 _NEGATIVE = "Negative prompt:"
 _OPTION_KEYS = {
     "Sigma churn": "s_churn",
@@ -57,9 +60,13 @@ _COMPAT_KEYS = {
 
 
 def quote(value: object) -> str:
-    """Return a value as A1111 writes it: a JSON string if it holds a comma, colon or line break."""
+    """Return a value as A1111 writes it: a JSON string if it holds a comma, colon or line break.
+
+    One that could not be read back as it is, for quotes or spaces at its ends, is made one too.
+    """
     text = str(value)
-    return json.dumps(text, ensure_ascii=False) if any(c in text for c in ",:\n") else text
+    unsafe = text != text.strip() or (text[:1] == '"' and text != unquote(text))
+    return json.dumps(text, ensure_ascii=False) if unsafe or any(c in text for c in ",:\n") else text
 
 
 def format_infotext(image: ImageSpec, lock: Lock) -> str:
@@ -83,7 +90,6 @@ def _number(value: float) -> int | float:
 def _fixed_fields(image: ImageSpec, lock: Lock) -> dict[str, Any]:
     job = image.job
     varied = job.variation_strength > 0
-    ensd = job.ensd and TRAITS[job.sampler].writes_ensd and job.options.eta != 0
     return {
         "Steps": job.steps,
         "Sampler": job.sampler,
@@ -98,7 +104,7 @@ def _fixed_fields(image: ImageSpec, lock: Lock) -> dict[str, Any]:
         "Seed resize from": f"{job.seed_resize[0]}x{job.seed_resize[1]}" if job.seed_resize else None,
         "Denoising strength": _number(job.hires.denoising_strength) if job.hires else None,
         "Clip skip": job.clip_skip if job.clip_skip > 1 else None,
-        "ENSD": job.ensd if ensd else None,
+        "ENSD": job.ensd or None,
         "RNG": job.rng,
         "Tiling": True if job.tiling else None,
     }
@@ -131,7 +137,8 @@ def _hires_fields(job: JobSpec) -> dict[str, Any]:
 
 def _embedding_fields(job: JobSpec, lock: Lock) -> dict[str, Any]:
     names = (f"{e.name.replace(':', '').replace(',', '')}: {e.ti_hash}" for e in lock.embeddings)
-    weighed = any(c in job.prompt + job.negative_prompt for c in "([")
+    texts = "".join(text for _, text in job.prompts)
+    weighed = any(c in texts for c in "([") or "BREAK" in texts
     return {
         "TI hashes": ", ".join(names) or None,
         "Emphasis": job.emphasis if job.emphasis != "Original" and weighed else None,
@@ -189,16 +196,21 @@ def read_infotext(text: str) -> Infotext:
     """Read what A1111 or we wrote.
 
     The last line holds the fields if it has three at least; sizes are split into `KEY-1` and `KEY-2`, as A1111 does.
+
+    Raises:
+        InvalidField: the text is longer than any A1111 writes.
     """
+    if len(text) > MAX_CHARACTERS:
+        raise InvalidField("parameters", f"are {len(text)} characters long; {MAX_CHARACTERS} are read at most")
     *lines, last = text.strip().split("\n")
     pairs = _PAIR.findall(last)
     if len(pairs) < 3:
         lines, pairs = [*lines, last], []
     fields: dict[str, str] = {}
     for key, value in pairs:
-        size = _SIZE.fullmatch(value)
+        size = _SIZE.fullmatch(value) if key in _SIZE_KEYS else None
         fields |= {f"{key}-1": size[1], f"{key}-2": size[2]} if size else {key: unquote(value)}
-    if {"First pass size-1", "Size-1"} <= fields.keys():
+    if {"First pass size-1", "Size-1", "Size-2"} <= fields.keys():
         fields |= _old_hires(fields)
     at = next((i for i, line in enumerate(lines) if line.strip().startswith(_NEGATIVE)), len(lines))
     negative = [lines[at].strip().removeprefix(_NEGATIVE), *lines[at + 1 :]] if at < len(lines) else []
@@ -240,6 +252,8 @@ def spec_values(infotext: Infotext) -> dict[str, Any]:
     values["tiling"] = fields.get("Tiling") == "True"
     if "Seed resize from-1" in fields:
         values["seed_resize"] = fields["Seed resize from-1"], fields["Seed resize from-2"]
+    if _is_older(fields.get("Version", ""), (1, 6, 0)) and "[" in infotext.prompt + infotext.negative_prompt:
+        fields = fields | {"Old prompt editing timelines": "True"}
     values["compat"] = tuple(name for key, name in _COMPAT_KEYS.items() if fields.get(key) == "True")
     values["options"] = _read_options(fields)
     if {"Hires upscale", "Hires upscaler", "Hires resize-1"} & fields.keys() and "Denoising strength" in fields:
@@ -247,6 +261,21 @@ def spec_values(infotext: Infotext) -> dict[str, Any]:
     return values
 
 
+def _is_older(version: str, than: tuple[int, int, int]) -> bool:
+    """Tell whether A1111 wrote a text before a version; one without a version, or not A1111's, is taken for new."""
+    match = re.match(r"v(\d+)\.(\d+)\.(\d+)", version)
+    return match is not None and tuple(map(int, match.groups())) < than
+
+
+def unread_keys(infotext: Infotext) -> list[str]:
+    """Return what a picture's text says that this farm does not do, such as a refiner; the new picture will differ."""
+    return [key for key in infotext.fields if any(key.startswith(name) for name in _NOT_DONE)]
+
+
+_NOT_DONE = (
+    "Refiner", "Face restoration", "Lora hashes", "Hypernet", "VAE", "Hires checkpoint", "Extra noise", "Token merging",
+    "Conditional mask weight", "ControlNet", "FP8 weight", "Mask",
+)  # fmt: skip
 _JOB_KEYS = {
     "Steps": "steps",
     "Sampler": "sampler",
@@ -278,7 +307,11 @@ _HIRES_KEYS = {
 
 def _read_hires(fields: dict[str, str]) -> dict[str, Any]:
     same = {"Use same sampler", "Use same scheduler", "Use same checkpoint"}
-    found = {name: fields[key] for key, name in _HIRES_KEYS.items() if key in fields and fields[key] not in same}
+    found = {
+        name: fields[key]
+        for key, name in _HIRES_KEYS.items()
+        if key in fields and (name.endswith("prompt") or fields[key] not in same)
+    }
     return {"upscaler": HiresFix().upscaler} | found
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
@@ -85,6 +86,12 @@ class SamplingOptions(BaseModel):
     pad_conds: Literal["no", "empty", "v0"] = "no"
     cfg_rescale: Fraction = 0.0
 
+    @model_validator(mode="after")
+    def _range_descends(self) -> Self:
+        if self.sigma_min and self.sigma_max and self.sigma_min >= self.sigma_max:
+            raise ValueError("sigma_min should be below sigma_max")
+        return self
+
 
 class HiresFix(BaseModel):
     """A second pass at a larger size, as A1111's hires fix.
@@ -96,8 +103,8 @@ class HiresFix(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     scale: float = Field(2.0, ge=1, le=8, allow_inf_nan=False)
-    width: int = Field(0, ge=0, le=4096)
-    height: int = Field(0, ge=0, le=4096)
+    width: int = Field(0, ge=0, le=4096, multiple_of=8)
+    height: int = Field(0, ge=0, le=4096, multiple_of=8)
     upscaler: str = Field("Latent", min_length=1, max_length=200)
     steps: int = Field(0, ge=0, le=150)
     denoising_strength: Fraction = 0.7
@@ -110,6 +117,21 @@ class HiresFix(BaseModel):
     @classmethod
     def _split_legacy_sampler(cls, values: Any) -> Any:
         return _split_sampler(values, None)
+
+    @field_validator("denoising_strength")
+    @classmethod
+    def _not_too_little(cls, value: float) -> float:
+        """Refuse a strength whose schedule would be endless: a pass of n steps walks the end of n / strength."""
+        if 0 < value < 0.01:
+            raise ValueError("should be 0, or 0.01 to 1")
+        return value
+
+    @field_validator("width", "height")
+    @classmethod
+    def _large_enough(cls, value: int) -> int:
+        if 0 < value < 64:
+            raise ValueError("should be 0, or 64 at least")
+        return value
 
     @field_validator("schedule")
     @classmethod
@@ -285,6 +307,12 @@ class ImageSpec(BaseModel):
     seed: int
     variation_seed: int = 0
     job: JobSpec
+
+
+def drawn_seeds(spec: JobSpec, draw: Callable[[int], int]) -> dict[str, int]:
+    """Return seeds in place of those that are -1; `draw` gives a number below its argument."""
+    seeds = {"seed": spec.seed} | ({"variation_seed": spec.variation_seed} if spec.variation_strength else {})
+    return {name: draw(MAX_SEED - spec.count) if seed < 0 else seed for name, seed in seeds.items()}
 
 
 def expand(spec: JobSpec, index: int) -> ImageSpec:

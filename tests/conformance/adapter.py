@@ -89,11 +89,11 @@ def encode(ctx: Any, case: dict[str, Any]) -> dict[str, Any]:
 
 
 def _encoded(checkpoint: Checkpoint, job: JobSpec, part: LaidPart, *, zero: bool) -> dict[str, Any]:
-    (conditionings,) = checkpoint.encode([Encode(part.texts, job.clip_skip, job.emphasis, zero)])
-    timed = Timed(part.weight, part.ends, conditionings)
+    (conditionings,) = checkpoint.encode([Encode(part.texts, part.counts, job.clip_skip, job.emphasis, zero)])
+    timed = Timed(part.weight, part.ends, tuple(conditionings[number] for number in part.which))
     entries = [
         {"end_at_step": end, "cond": c.tokens.numpy()} | ({} if c.pooled is None else {"pooled": c.pooled.numpy()})
-        for end, c in zip(part.ends, conditionings, strict=True)
+        for end, c in zip(part.ends, timed.conditionings, strict=True)
     ]
     return {
         "weight": part.weight,
@@ -159,7 +159,8 @@ def sample(ctx: Any, case: dict[str, Any]) -> dict[str, Any]:
             requests.append(request)
             futures.append(renderer.engine.submit(_latent_of(request, guidance, checkpoint), checkpoint))
         latents = [future.result().pixels for future in futures]
-    return {"latent": torch.stack(latents).numpy(), "denoiser_calls": requests[0].progress.step}
+    calls = {request.progress.step for request in requests}
+    return {"latent": torch.stack(latents).numpy(), "denoiser_calls": calls.pop() if len(calls) == 1 else 0}
 
 
 def _latent_of(request: RenderRequest, guidance: Guidance, checkpoint: Checkpoint) -> Any:

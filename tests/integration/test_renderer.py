@@ -151,6 +151,15 @@ def test_canceled_neighbour_changes_nothing(renderer: Renderer) -> None:
         goes.result()
 
 
+def test_float16_works_where_the_vae_asks_for_float32() -> None:
+    runtime = Runtime(dtype=torch.float16, vae_dtype=torch.float16)
+    with Renderer("demo", runtime=runtime) as half:
+        hires = {"scale": 1.5, "upscaler": "Lanczos", "steps": 1}
+        (found,) = half.render("masterpiece, corneo_dva", seed=43, steps=2, width=64, height=64, hires=hires)
+
+    assert found.shape == (96, 96, 3)
+
+
 def test_previews_come_to_resemble_the_picture(renderer: Renderer) -> None:
     colours = renderer.engine.submit(fitting(), renderer.checkpoint).result().pixels
     progress = Progress()
@@ -172,8 +181,10 @@ def test_unknown_upscaler_is_an_error_with_the_names_there_are(renderer: Rendere
         renderer.render("a", steps=1, width=64, height=64, hires={"upscaler": "4x-Nothing", "steps": 1})
 
 
-def test_half_precision_renders_the_same_picture() -> None:
-    with Renderer("demo") as full, Renderer("demo", runtime=Runtime(dtype=torch.bfloat16)) as half:
+@pytest.mark.parametrize("vae", [torch.float32, torch.bfloat16])
+def test_half_precision_renders_the_same_picture(vae: torch.dtype) -> None:
+    runtime = Runtime(dtype=torch.bfloat16, vae_dtype=vae)
+    with Renderer("demo") as full, Renderer("demo", runtime=runtime) as half:
         pictures = [r.render("masterpiece, corneo_dva", seed=43, steps=8)[0].int() for r in (full, half)]
 
     assert (pictures[0] - pictures[1]).abs().float().mean() < 12

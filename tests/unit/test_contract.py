@@ -1,11 +1,13 @@
 import time
+from typing import Any
 
 import pytest
 from latentfarm_shared.errors import EmbeddingRefused, InvalidField, UnknownName
 from latentfarm_shared.prompts.contract import Settled, edit_distance, settle
 from latentfarm_shared.prompts.tokens import ClipTokenizer
-from latentfarm_shared.records import EmbeddingRecord
+from latentfarm_shared.records import EmbeddingRecord, Lock
 from latentfarm_shared.specs import EmbeddingUse, HiresFix, JobSpec
+from latentfarm_worker.prompts import PromptLayout
 
 from tests.conftest import checkpoint, embedding
 
@@ -116,7 +118,7 @@ def test_edit_distance(left: str, right: str, distance: int) -> None:
 
 def test_prompt_that_would_keep_a_device_busy_is_refused(demo_tokenizer: ClipTokenizer) -> None:
     many = "|".join(f"cat{number}" for number in range(120))
-    for prompt in ("a AND " * 200 + "a", f"[{many}] " + "word " * 3000):
+    for prompt in ("a AND " * 200 + "a", f"[{many}] " + "word " * 3000, "[a|b]" + " BREAK" * 3300):
         with pytest.raises(InvalidField, match="prompt"):
             settle(JobSpec(prompt=prompt, steps=150), checkpoint(), {}, demo_tokenizer)
 
@@ -142,3 +144,63 @@ def test_embeddings_of_every_text_and_pass_are_found(demo_tokenizer: ClipTokeniz
     assert {record.name for record in settled.embeddings} == {"first-1", "second-2"}
     assert settled.spec.hires is not None
     assert "#" not in settled.spec.prompt
+
+
+@pytest.mark.parametrize(
+    ("prompt", "values", "found"),
+    [
+        ("[cat:late-1:25]", {}, False),
+        ("[cat:late-1:1.5]", {}, False),
+        ("[cat:late-1:25]", {"hires": {}}, True),
+        ("[cat:late-1:60]", {"hires": {"steps": 50}}, True),
+        ("[cat:late-1:30]", {"hires": {"steps": 5}}, False),
+        ("[cat:late-1:35]", {"sampler": "Heun"}, True),
+        ("[a|b|late-1]", {"sampler": "Heun", "steps": 2}, True),
+        ("[a|b|late-1]", {"steps": 2}, False),
+        ("[cat:late-1:5.5]", {"compat": ("old_prompt_timelines",)}, True),
+    ],
+)
+def test_embedding_is_locked_exactly_if_a_pass_reaches_it(
+    demo_tokenizer: ClipTokenizer, prompt: str, values: dict[str, Any], found: bool
+) -> None:
+    spec = JobSpec.check({"prompt": prompt} | values)
+
+    settled = settle(spec, checkpoint(), {"late-1": embedding("late-1")}, demo_tokenizer)
+
+    assert bool(settled.embeddings) is found
+    layout = PromptLayout(
+        settled.spec, Lock(checkpoint=checkpoint(), embeddings=(embedding("late-1"),)), demo_tokenizer
+    )
+    passes = [layout.first_pass(), *([layout.hires_pass()] if spec.hires else [])]
+    placed = [c.placements for laid in passes for part in laid.positive for text in part.texts for c in text]
+    assert any(placed) is found
+
+
+@pytest.mark.parametrize(
+    ("prompt", "expected"),
+    [
+        ("a cat", "a cat, x-1"),
+        ("cat AND dog:0.5", "x-1, cat AND dog:0.5"),
+        ("plain:0.5", "x-1, plain:0.5"),
+        ("(cat", "x-1, (cat"),
+        ("", "x-1"),
+    ],
+)
+def test_added_embedding_takes_nothing_from_the_prompt(
+    demo_tokenizer: ClipTokenizer, prompt: str, expected: str
+) -> None:
+    spec = JobSpec(prompt=prompt, embeddings=(EmbeddingUse(name="x-1"),))
+
+    assert settle(spec, checkpoint(), {"x-1": embedding("x-1")}, demo_tokenizer).spec.prompt == expected
+
+
+@pytest.mark.parametrize("prompt", [" " * 19_000 + "x", "x" + "\n" * 19_000 + "y", ": " * 9_000, "BREAK " * 3_000])
+def test_blank_space_is_read_in_no_time(demo_tokenizer: ClipTokenizer, prompt: str) -> None:
+    began = time.monotonic()
+
+    try:
+        settle(JobSpec(prompt=prompt, steps=20), checkpoint(), {}, demo_tokenizer)
+    except InvalidField:
+        assert "BREAK" in prompt
+
+    assert time.monotonic() - began < 5

@@ -1,5 +1,7 @@
 """The engine on a small model that counts its batches."""
 
+import threading
+import weakref
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future
 from pathlib import Path
@@ -10,7 +12,16 @@ from latentfarm_shared.errors import DeadlineExceeded, OutOfMemory, RenderCancel
 from latentfarm_worker import engine as engine_module
 from latentfarm_worker.capacity import Capacity
 from latentfarm_worker.engine import Engine
-from latentfarm_worker.operations import Conditioning, Decode, Denoise, Encode, EncodePixels, Enlarge, Picture
+from latentfarm_worker.operations import (
+    Conditioning,
+    Decode,
+    Denoise,
+    Encode,
+    EncodePixels,
+    Enlarge,
+    Operation,
+    Picture,
+)
 from latentfarm_worker.renders import Render, Rendered
 from latentfarm_worker.sampling.noise_model import Scaling
 from torch import Tensor
@@ -284,7 +295,7 @@ def test_costs_are_measured_once_and_remembered(tmp_path: Path) -> None:
     assert model.sizes()[0] == 1
     assert max(model.sizes()) == 3
     again = Capacity(budget_bytes=3 * 64, costs=costs)
-    assert again.limit("counting", Denoise(torch.zeros(4, 2, 2), SCALING, ())) == 3
+    assert again.fitting("counting", [Denoise(torch.zeros(4, 2, 2), SCALING, ()) for _ in range(8)]) == 3
 
 
 def test_damaged_cost_file_is_measured_again(tmp_path: Path) -> None:
@@ -292,3 +303,76 @@ def test_damaged_cost_file_is_measured_again(tmp_path: Path) -> None:
     costs.write_text("[1, 2")
 
     assert Capacity(budget_bytes=10, costs=costs).describe() == {}
+
+
+def test_render_handed_in_after_the_end_fails_at_once() -> None:
+    engine = Engine()
+    engine.start()
+    engine.stop()
+
+    with pytest.raises(RenderCanceled):
+        engine.submit(render(8, 1), CountingModel()).result(5)
+
+
+def test_late_render_that_waits_for_a_slot_ends_too() -> None:
+    model, engine = CountingModel(), Engine(slots=1)
+    engine.submit(render(8, 10_000_000), model)
+    engine.start()
+    late = engine.submit(render(8, 1), model, deadline=0.0)
+
+    with pytest.raises(DeadlineExceeded):
+        late.result(5)
+    engine.stop()
+
+
+def test_shared_batches_of_one_do_not_starve_the_others() -> None:
+    model, engine = CountingModel(fits=1), Engine(policy="share")
+    engine.submit(render(8, 10_000_000), model, urgent=True)
+    engine.submit(render(8, 10_000_000), model, urgent=True)
+    patient = engine.submit(render(8, 20), model)
+    engine.start()
+
+    assert value(patient) == 8 / 2**20
+    engine.stop()
+
+
+def test_memory_of_a_batch_that_did_not_fit_is_let_go_before_its_halves_run() -> None:
+    held: list[weakref.ref[Tensor]] = []
+
+    class Greedy(CountingModel):
+        def denoise(self, batch: Sequence[Denoise]) -> list[Tensor]:
+            assert all(reference() is None for reference in held), "a failed batch still holds its memory"
+            activations = torch.zeros(1000)
+            if len(batch) > 2:
+                held.append(weakref.ref(activations))
+                raise torch.OutOfMemoryError("too many")
+            return super().denoise(batch)
+
+    engine = Engine()
+    futures = [engine.submit(render(8, 1), Greedy()) for _ in range(1)]
+    model = Greedy()
+    futures += [engine.submit(render(8, 1), model) for _ in range(4)]
+    engine.start()
+
+    assert [value(future) for future in futures] == [4.0] * 5
+    engine.stop()
+    assert held
+
+
+def test_end_of_the_engine_is_told_to_everyone() -> None:
+    told: list[BaseException] = []
+
+    class Broken(Capacity):
+        def fitting(self, model: str, operations: Sequence[Operation]) -> int:
+            raise ValueError("a bug")
+
+    engine = Engine(capacity=Broken(), on_fatal=told.append)
+    future = engine.submit(render(8, 1), CountingModel())
+    threading.excepthook, before = (lambda _: None), threading.excepthook
+    engine.start()
+
+    with pytest.raises(RenderError, match="the engine ended"):
+        future.result(5)
+    engine.stop()
+    threading.excepthook = before
+    assert [str(error) for error in told] == ["a bug"]

@@ -222,3 +222,25 @@ def test_emphasis_modes() -> None:
     assert float(restored.mean()) == pytest.approx(float(states.mean()), rel=1e-5)
     assert not torch.equal(restored[1], states[1])
     assert torch.equal(emphasise(states, weights, "Ignore"), states)
+
+
+def test_first_pass_that_broke_is_noticed_behind_a_pixel_upscaler(demo_tokenizer: ClipTokenizer) -> None:
+    hires = HiresFix(scale=2, upscaler="Lanczos", steps=1)
+
+    with pytest.raises(BrokenPicture):
+        run(SMALL.model_copy(update={"hires": hires}), demo_tokenizer, [BROKEN], PaperModel())
+
+
+@pytest.mark.parametrize(
+    ("sampler", "schedule", "steps", "strength"),
+    [("UniPC", "Automatic", 1, 0.5), ("DDIM", "Automatic", 1, 0.3), ("Euler", "DDIM", 150, 0.1), ("LCM", "DDIM", 20, 0.2),
+     ("DPM++ 2M", "Simple", 150, 0.1), ("DPM++ 2M", "Karras", 150, 0.01)],
+)  # fmt: skip
+def test_unusual_hires_passes_come_to_an_end(
+    demo_tokenizer: ClipTokenizer, sampler: str, schedule: str, steps: int, strength: float
+) -> None:
+    hires = HiresFix(sampler=sampler, schedule=schedule, steps=steps, denoising_strength=strength)
+
+    rendered, _ = run(SMALL.model_copy(update={"hires": hires}), demo_tokenizer, [GOOD], PaperModel())
+
+    assert torch.equal(rendered.pixels, GOOD.pixels)

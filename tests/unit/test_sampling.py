@@ -196,3 +196,15 @@ def test_velocity_and_noise_tell_the_same_picture() -> None:
         scaling = levels.at_sigma(sigma)
         found = scaling.keep * latent + scaling.gain * answers[levels.prediction]
         assert torch.allclose(found, clean, atol=1e-5)
+
+
+def test_adaptive_sampler_ends_when_the_model_answers_nonsense() -> None:
+    sigmas = [*torch.linspace(10, 0.03, 12).tolist(), 0.0]
+    nonsense = torch.full(SHAPE, math.nan)
+
+    latent, calls = drive(
+        SAMPLERS["DPM adaptive"](torch.randn(SHAPE), Walk(sigmas, 0.03, 10.0), noise(sigmas), OPTIONS), nonsense
+    )
+
+    assert calls < 10
+    assert not bool(latent.isfinite().any())

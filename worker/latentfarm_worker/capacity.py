@@ -65,10 +65,10 @@ def peak_memory(device: str) -> Iterator[_Peak]:
     """Measure what a call takes at its highest: the allocator's own count on CUDA, live tensors elsewhere."""
     peak = _Peak()
     if device.startswith("cuda"):
-        before = torch.cuda.memory_allocated()
-        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated(device)
+        torch.cuda.reset_peak_memory_stats(device)
         yield peak
-        peak.bytes = torch.cuda.max_memory_allocated() - before
+        peak.bytes = torch.cuda.max_memory_allocated(device) - before
     else:
         with _LiveBytes() as counter:
             yield peak
@@ -102,14 +102,21 @@ class Capacity:
         """Whether a budget is set at all."""
         return self.budget_bytes < 2**62
 
-    def limit(self, model: str, operation: Operation) -> int:
-        """Return how many such operations may share a batch."""
-        key = _key(model, operation)
-        most = min(MAX_BATCH[type(operation)], self._limits.get(key, 2**31))
-        if not self.measures:
-            return most
-        cost = self._bytes.get(key)
-        return 1 if cost is None else max(1, min(most, self.budget_bytes // max(cost, 1)))
+    def fitting(self, model: str, operations: Sequence[Operation]) -> int:
+        """Return how many of these, from the first on, may share a batch; one at least."""
+        taken, spent = 0, 0
+        for operation in operations:
+            key = _key(model, operation)
+            if taken >= min(MAX_BATCH[type(operation)], self._limits.get(key, 2**31)):
+                break
+            cost = self._bytes.get(key) if self.measures else 0
+            if taken and (cost is None or spent + cost > self.budget_bytes):
+                break
+            taken += 1
+            if cost is None:
+                break
+            spent += cost
+        return taken
 
     @contextmanager
     def measured(self, model: str, operations: Sequence[Operation]) -> Iterator[None]:
@@ -124,9 +131,10 @@ class Capacity:
             self._bytes[key] = peak.bytes
             self._write()
 
-    def overflowed(self, model: str, operation: Operation, size: int) -> None:
-        """Take into account that a batch of so many did not fit: from now on at most half of it."""
-        self._limits[_key(model, operation)] = max(1, size // 2)
+    def overflowed(self, model: str, operations: Sequence[Operation]) -> None:
+        """Take into account that a batch did not fit: from now on at most half as many of any of its kinds."""
+        for operation in operations:
+            self._limits[_key(model, operation)] = max(1, len(operations) // 2)
         if self.device.startswith("cuda"):
             torch.cuda.empty_cache()
 
@@ -150,4 +158,6 @@ def _key(model: str, operation: Operation) -> str:
     detail = ""
     if isinstance(operation, Denoise):
         detail = f" x{sum(len(side.conditioning.tokens) for side in operation.sides)}"
+    elif isinstance(operation, Encode):
+        detail = f" x{sum(len(text) for text in operation.texts)}"
     return f"{model} {' '.join(map(str, group_key(operation)))}{detail}"

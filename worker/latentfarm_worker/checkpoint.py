@@ -85,7 +85,7 @@ class ConditioningCache:
     limit_bytes: int = CACHE_BYTES
     hits: int = 0
     misses: int = 0
-    _bytes: int = 0
+    bytes: int = 0
     _held: OrderedDict[tuple[object, ...], tuple[Conditioning, ...]] = field(default_factory=OrderedDict)
 
     def get(self, key: tuple[object, ...]) -> tuple[Conditioning, ...] | None:
@@ -101,16 +101,16 @@ class ConditioningCache:
     def clear(self) -> None:
         """Give up everything."""
         self._held.clear()
-        self._bytes = 0
+        self.bytes = 0
 
     def put(self, key: tuple[object, ...], value: tuple[Conditioning, ...]) -> None:
         """Hold a value."""
         if key in self._held:
             return
         self._held[key] = value
-        self._bytes += _bytes_of(value)
-        while self._bytes > self.limit_bytes and len(self._held) > 1:
-            self._bytes -= _bytes_of(self._held.popitem(last=False)[1])
+        self.bytes += _bytes_of(value)
+        while self.bytes > self.limit_bytes and len(self._held) > 1:
+            self.bytes -= _bytes_of(self._held.popitem(last=False)[1])
 
 
 def _bytes_of(conditionings: tuple[Conditioning, ...]) -> int:
@@ -138,13 +138,15 @@ class Checkpoint:
 
     @property
     def bytes(self) -> int:
-        """How much memory its weights take."""
+        """How much memory it takes: weights, copies in float32, and encoded texts."""
         modules = [*(encoder.module for encoder in self._parts.encoders), self._parts.unet, self._parts.vae]
-        return sum(p.numel() * p.element_size() for module in modules for p in module.parameters())
+        held = [*modules, *list(self._precise.values())]
+        weights: int = sum(p.numel() * p.element_size() for module in held for p in module.parameters())
+        return self.cache.bytes + weights
 
     def wants_zero(self, negative: LaidPart) -> bool:
         """Tell whether a negative prompt stands for zeros: an empty one does in SDXL."""
-        return self.family == "sdxl" and all(not chunk.length for text in negative.texts for chunk in text)
+        return self.family == "sdxl" and negative.is_empty
 
     def require_upscaler(self, name: str) -> None:
         """Make sure an upscaler is there.
@@ -251,11 +253,10 @@ class Checkpoint:
         """Decode latents, rounding as A1111 does (truncation)."""
         vae = self._part("vae", precise=batch[0].precise)
         self._set_tiling(vae, tiling=batch[0].tiling)
-        dtype = torch.float32 if batch[0].precise else self._runtime.vae_dtype
         pictures: list[Picture] = []
         for some in self._runtime.fixed(batch, size=1):
             latents = torch.stack([item.latent for item in some]) / vae.config.scaling_factor
-            pixels = vae.decode(self._runtime.laid_out(latents.to(dtype)), return_dict=False)[0].float()
+            pixels = vae.decode(self._runtime.laid_out(latents.to(vae.dtype)), return_dict=False)[0].float()
             finite = pixels.isfinite().flatten(1).all(1).tolist()
             scaled = (((pixels + 1) / 2).clamp(0, 1) * 255).permute(0, 2, 3, 1).nan_to_num().to(torch.uint8).cpu()
             pictures += [Picture(p.contiguous(), ok) for p, ok in zip(scaled, finite, strict=True)]
@@ -264,12 +265,12 @@ class Checkpoint:
     @torch.inference_mode()
     def encode_pixels(self, batch: Sequence[EncodePixels]) -> list[Tensor]:
         """Encode pictures to latents, the sample from the posterior that their noise picks."""
-        vae = self._parts.vae
+        vae = self._part("vae", precise=batch[0].precise)
         self._set_tiling(vae, tiling=batch[0].tiling)
         latents: list[Tensor] = []
         for some in self._runtime.fixed(batch, size=1):
             pixels = torch.stack([item.pixels for item in some]).to(self.device).permute(0, 3, 1, 2).float()
-            asked = self._runtime.laid_out((pixels / 255 * 2 - 1).to(self._runtime.vae_dtype))
+            asked = self._runtime.laid_out((pixels / 255 * 2 - 1).to(vae.dtype))
             posterior = vae.encode(asked, return_dict=False)[0]
             noise = torch.stack([item.noise for item in some]).to(self.device)
             latents += list((posterior.mean.float() + posterior.std.float() * noise) * vae.config.scaling_factor)
@@ -279,8 +280,10 @@ class Checkpoint:
     def enlarge(self, batch: Sequence[Enlarge]) -> list[Tensor]:
         """Run an upscaler model over tiles."""
         model = self._upscalers[batch[0].upscaler]
-        tiles = torch.stack([item.tile for item in batch]).to(self.device)
-        return list(model(tiles).float().cpu())
+        enlarged: list[Tensor] = []
+        for some in self._runtime.fixed(batch, size=1):
+            enlarged += list(model(torch.stack([item.tile for item in some]).to(self.device)).float().cpu())
+        return enlarged
 
     # ---- modules
 
@@ -290,7 +293,9 @@ class Checkpoint:
         if not precise or self.is_precise:
             return module
         if name not in self._precise:
-            self._precise[name] = copy.deepcopy(module).float()
+            original = getattr(module, "_orig_mod", module)  # not compiled: it is used too seldom to pay
+            self._precise[name] = copy.deepcopy(original).float()
+            self._tiled[id(self._precise[name])] = self._tiled.get(id(module), False)
         return self._precise[name]
 
     def _set_tiling(self, module: nn.Module, *, tiling: bool) -> None:
@@ -320,7 +325,9 @@ def _assemble(item: Encode, encoded: dict[tuple[object, ...], list[_EncodedChunk
         column = [text[number] for text in item.texts]
         weights = torch.tensor([chunk.weights for chunk in column])
         encoders = zip(*(encoded[chunk.key] for chunk in column), strict=True)
-        weighed = [emphasise(torch.stack([e.states for e in found]), weights, item.emphasis) for found in encoders]
+        weighed = [
+            emphasise(torch.stack([e.states for e in found]), weights, item.emphasis, item.counts) for found in encoders
+        ]
         columns.append(torch.cat(weighed, dim=-1))
     joined = torch.cat(columns, dim=1)
     results = []
@@ -337,15 +344,22 @@ def _zeros_like(conditioning: Conditioning) -> Conditioning:
     return Conditioning(torch.zeros_like(conditioning.tokens), pooled, conditioning.applied)
 
 
-def emphasise(states: Tensor, weights: Tensor, mode: str) -> Tensor:
+def emphasise(states: Tensor, weights: Tensor, mode: str, counts: Sequence[int] = ()) -> Tensor:
     """Weigh `states: [texts, 77, width]` by `weights: [texts, 77]` in one of A1111's modes.
 
-    Original restores the mean over all texts of the timetable; No norm does not; Ignore and None weigh nothing.
+    Original restores the mean over all texts, each counted so often as `counts` says; No norm does not; Ignore and
+    None weigh nothing.
     """
     if mode in ("Ignore", "None") or bool((weights == 1).all()):
         return states
     weighted = states * weights[..., None].to(states.device)
-    return weighted * (states.mean() / weighted.mean()) if mode == "Original" else weighted
+    if mode != "Original":
+        return weighted
+    if len(set(counts)) < 2:
+        return weighted * (states.mean() / weighted.mean())
+    shares = torch.tensor(counts, dtype=states.dtype, device=states.device)
+    before, after = ((found.mean((1, 2)) * shares).sum() for found in (states, weighted))
+    return weighted * (before / after)
 
 
 def _bases(sides: Sequence[tuple[int, Side]]) -> list[int]:
@@ -358,11 +372,25 @@ def _mixed(clean: Tensor, sides: Sequence[tuple[int, Side]], batch: Sequence[Den
     bases = _bases(sides)
     mixed = clean[bases]
     others = [row for row in range(len(sides)) if row not in set(bases)]
-    if others:
-        owners = torch.tensor([sides[row][0] for row in others], device=clean.device)
-        shares = torch.tensor([sides[row][1].share for row in others], device=clean.device).view(-1, 1, 1, 1)
-        mixed = mixed.index_add(0, owners, (clean[others] - mixed[owners]) * shares)
+    base = mixed
+    for rows in _by_rank(others, sides):  # one side of each image at a time, so that sums have one order on any device
+        owners = torch.tensor([sides[row][0] for row in rows], device=clean.device)
+        shares = torch.tensor([sides[row][1].share for row in rows], device=clean.device).view(-1, 1, 1, 1)
+        mixed = mixed.index_add(0, owners, (clean[rows] - base[owners]) * shares)
     return _rescaled(mixed, clean, sides, batch) if any(item.rescale for item in batch) else mixed
+
+
+def _by_rank(rows: Sequence[int], sides: Sequence[tuple[int, Side]]) -> list[list[int]]:
+    """Return rows by their place among their image's."""
+    ranks: list[list[int]] = []
+    seen: dict[int, int] = {}
+    for row in rows:
+        rank = seen.get(sides[row][0], 0)
+        seen[sides[row][0]] = rank + 1
+        if rank == len(ranks):
+            ranks.append([])
+        ranks[rank].append(row)
+    return ranks
 
 
 def _rescaled(mixed: Tensor, clean: Tensor, sides: Sequence[tuple[int, Side]], batch: Sequence[Denoise]) -> Tensor:

@@ -12,10 +12,11 @@ import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
+from itertools import islice
 from typing import Any, Literal
 
 import torch
-from latentfarm_shared.errors import DeadlineExceeded, OutOfMemory, RenderCanceled
+from latentfarm_shared.errors import DeadlineExceeded, OutOfMemory, RenderCanceled, RenderError
 
 from latentfarm_worker.capacity import Capacity
 from latentfarm_worker.checkpoint import Model
@@ -80,14 +81,16 @@ class Engine:
         slots: int = 8,
         policy: Policy = "park",
         capacity: Capacity | None = None,
+        on_fatal: Callable[[BaseException], None] = lambda _error: None,
     ) -> None:
         """Keep up to `slots` batch images and as many interactive ones in flight; the rest waits in order.
 
         `policy` says what batch images do while an interactive one is in flight: they are `park`ed, or `share` its
-        batches. `on_batch` hears the phase of every batch before it runs (encoding, denoising …), and "idle".
+        batches. `on_batch` hears the phase of every batch before it runs (encoding, denoising …), and "idle". `on_fatal`
+        hears of a device that can run nothing any more, and of this thread's own end.
         """
         self.clock = EngineClock()
-        self._on_batch, self._slots, self._policy = on_batch, slots, policy
+        self._on_batch, self._on_fatal, self._slots, self._policy = on_batch, on_fatal, slots, policy
         self._capacity = capacity or Capacity()
         self._flights: list[InFlight] = []
         self._waiting: list[Ticket] = []
@@ -121,6 +124,9 @@ class Engine:
         ticket = Ticket(render, model, urgent, deadline)
         ticket.future.set_running_or_notify_cancel()  # `cancel` is the way; a canceled future would take no result
         with self._changed:
+            if self._stopping:
+                ticket.future.set_exception(RenderCanceled("the engine has stopped"))
+                return ticket.future
             self._waiting.append(ticket)
             self._changed.notify()
         return ticket.future
@@ -135,6 +141,19 @@ class Engine:
     # ---- the engine's thread
 
     def _run(self) -> None:
+        try:
+            self._loop()
+        except BaseException as error:
+            with self._changed:
+                self._stopping = True
+                lost = [*self._waiting, *(flight.ticket for flight in self._flights)]
+            for ticket in lost:
+                if not ticket.future.done():
+                    ticket.future.set_exception(RenderError(f"the engine ended: {error!r}"))
+            self._on_fatal(error)
+            raise
+
+    def _loop(self) -> None:
         while True:
             with self._changed:
                 while not (self._waiting or self._flights or self._stopping):
@@ -159,12 +178,15 @@ class Engine:
     def _sort_waiting(self, canceled: set[Future[Rendered]], *, everything: bool) -> tuple[list[Ticket], list[Ticket]]:
         """Take off the list what is canceled, and what there is room for, interactive first."""
         dropped = [t for t in self._waiting if everything or t.future in canceled]
-        left = [t for t in self._waiting if t not in dropped]
-        admitted: list[Ticket] = []
+        left = [t for t in self._waiting if not (everything or t.future in canceled)]
+        late = [t for t in left if t.deadline is not None and time.monotonic() > t.deadline]
+        admitted = late  # to be ended at once
         for urgent in (True, False):
             held = sum(flight.ticket.urgent == urgent for flight in self._flights)
-            admitted += [t for t in left if t.urgent == urgent][: max(self._slots - held, 0)]
-        self._waiting = [t for t in left if t not in admitted]
+            able = (t for t in left if t.urgent == urgent and t not in late)
+            admitted = admitted + list(islice(able, max(self._slots - held, 0)))
+        gone = set(map(id, admitted))
+        self._waiting = [t for t in left if id(t) not in gone]
         return dropped, admitted
 
     def _admit(self, ticket: Ticket) -> None:
@@ -205,29 +227,39 @@ class Engine:
         first = min(flights, key=lambda flight: flight.waiting_since)
         model, key = first.ticket.model, group_key(first.pending)
         alike = [f for f in flights if f.ticket.model is model and group_key(f.pending) == key]
-        alike.sort(key=lambda flight: (not flight.urgent, flight.waiting_since))
-        return alike[: self._capacity.limit(model.name, first.pending)]
+        alike.sort(key=lambda flight: (flight is not first, not flight.urgent, flight.waiting_since))
+        return alike[: self._capacity.fitting(model.name, [flight.pending for flight in alike])]
 
     def _run_group(self, group: list[InFlight]) -> None:
         """Run one batch; if it fails, run its halves, until the culprit is alone."""
-        try:
-            results = self._execute(group)
-        except torch.OutOfMemoryError as error:
-            self._capacity.overflowed(group[0].ticket.model.name, group[0].pending, len(group))
-            self._split(group, OutOfMemory(f"while {PHASE[type(group[0].pending)]}"), error)
-        except Exception as error:  # noqa: BLE001 - a failed batch is bisected, then fails its image
-            self._split(group, error, error)
-        else:
+        results, failure = self._attempt(group)
+        if failure is None:
             self._send_back(group, results)
-
-    def _split(self, group: list[InFlight], error: Exception, cause: Exception) -> None:
+            return
+        if isinstance(failure, torch.OutOfMemoryError):
+            self._capacity.overflowed(group[0].ticket.model.name, [flight.pending for flight in group])
+            failure = OutOfMemory(f"while {PHASE[type(group[0].pending)]}")
         if len(group) == 1:
-            error.__cause__ = None if error is cause else cause
-            self._end(group[0], error)
+            self._end(group[0], failure)
             return
         middle = len(group) // 2
         self._run_group(group[:middle])
         self._run_group(group[middle:])
+
+    def _attempt(self, group: list[InFlight]) -> tuple[Sequence[object], Exception | None]:
+        """Run one batch; return its results, or what went wrong.
+
+        The traceback of a batch that did not fit is dropped, for its frames hold the memory that the halves need.
+        """
+        try:
+            return self._execute(group), None
+        except torch.OutOfMemoryError as error:
+            return (), error.with_traceback(None)
+        except torch.AcceleratorError as error:
+            self._on_fatal(error)  # nothing runs on a device in this state
+            return (), error
+        except Exception as error:  # noqa: BLE001 - a failed batch is bisected, then fails its image
+            return (), error
 
     def _execute(self, group: list[InFlight]) -> Sequence[object]:
         model, operations = group[0].ticket.model, [flight.pending for flight in group]

@@ -25,13 +25,15 @@ class Conditioning:
 
 @dataclass(frozen=True)
 class Encode:
-    """Encode the texts of one timetable, laid out with equally many chunks. Answered with a `Conditioning` each.
+    """Encode the distinct texts of one timetable, laid out with equally many chunks. Answered with a `Conditioning` each.
 
-    The mean that Original emphasis restores runs over all of them, as in A1111. `zero` asks for zeros in place of the
+    The mean that Original emphasis restores runs over the whole timetable, as in A1111, in which each text stands
+    `counts` times. `zero` asks for zeros in place of the
     encoding, which SDXL wants for an empty negative prompt.
     """
 
     texts: tuple[tuple[Chunk, ...], ...]
+    counts: tuple[int, ...] = ()
     clip_skip: int = 1
     emphasis: EmphasisMode = "Original"
     zero: bool = False
@@ -39,12 +41,8 @@ class Encode:
     @property
     def key(self) -> tuple[object, ...]:
         """Everything that decides the answer on one checkpoint."""
-        return (
-            tuple(tuple(chunk.key for chunk in text) for text in self.texts),
-            self.clip_skip,
-            self.emphasis,
-            self.zero,
-        )
+        texts = tuple(tuple(chunk.key for chunk in text) for text in self.texts)
+        return texts, self.counts, self.clip_skip, self.emphasis, self.zero
 
 
 @dataclass(frozen=True, eq=False)
@@ -97,6 +95,7 @@ class EncodePixels:
     pixels: Tensor
     noise: Tensor
     tiling: bool = False
+    precise: bool = False
 
 
 @dataclass(frozen=True, eq=False)
@@ -120,6 +119,6 @@ def group_key(operation: Operation) -> tuple[object, ...]:
         case Decode():
             return "decode", tuple(operation.latent.shape), operation.tiling, operation.precise
         case EncodePixels():
-            return "encode pixels", tuple(operation.pixels.shape), operation.tiling
+            return "encode pixels", tuple(operation.pixels.shape), operation.tiling, operation.precise
         case Enlarge():
             return "enlarge", tuple(operation.tile.shape), operation.upscaler

@@ -6,11 +6,11 @@ from collections.abc import Generator
 from dataclasses import dataclass
 from typing import Any
 
-from latentfarm_shared.names import TRAITS
 from latentfarm_shared.prompts.chunks import Chunk, Reading, chunk_texts
 from latentfarm_shared.prompts.editing import Timeline
 from latentfarm_shared.prompts.language import Part, parse_negative, parse_positive
 from latentfarm_shared.prompts.matching import NameMatcher
+from latentfarm_shared.prompts.passes import first_timeline, hires_timeline
 from latentfarm_shared.prompts.tokens import ClipTokenizer
 from latentfarm_shared.records import Lock
 from latentfarm_shared.specs import JobSpec
@@ -21,11 +21,21 @@ from latentfarm_worker.operations import Encode, Operation
 
 @dataclass(frozen=True)
 class LaidPart:
-    """One side of an `AND`: its weight, and for each text the last call it serves and its chunks."""
+    """One side of an `AND`: its weight, for each entry of its timetable the last call it serves and its text.
+
+    `texts` are the distinct ones, each as chunks; `which` says for each entry which of them it shows.
+    """
 
     weight: float
     ends: tuple[int, ...]
+    which: tuple[int, ...]
     texts: tuple[tuple[Chunk, ...], ...]
+    is_empty: bool = False
+
+    @property
+    def counts(self) -> tuple[int, ...]:
+        """How many entries show each text."""
+        return tuple(self.which.count(number) for number in range(len(self.texts)))
 
 
 @dataclass(frozen=True)
@@ -51,27 +61,19 @@ class PromptLayout:
 
     def first_pass(self) -> LaidPrompts:
         """Lay out the prompts of the first pass."""
-        job = self._job
-        calls = job.steps * TRAITS[job.sampler].calls
-        return self._lay(job.prompt, job.negative_prompt, Timeline(calls, old=self._old))
+        return self._lay(self._job.prompt, self._job.negative_prompt, first_timeline(self._job))
 
     def hires_pass(self) -> LaidPrompts:
         """Lay out the prompts of the hires pass, whose numbers count on from the first."""
         job, hires = self._job, self._job.hires
         if hires is None:
             raise ValueError("the job has no hires pass")
-        before = job.steps * TRAITS[job.sampler].calls
-        calls = (hires.steps or job.steps) * TRAITS[hires.sampler or job.sampler].calls
-        timeline = Timeline(calls, before, self._old)
-        return self._lay(hires.prompt or job.prompt, hires.negative_prompt or job.negative_prompt, timeline)
+        prompts = hires.prompt or job.prompt, hires.negative_prompt or job.negative_prompt
+        return self._lay(*prompts, hires_timeline(job, hires))
 
     def empty(self) -> tuple[Chunk, ...]:
         """Lay out the empty prompt."""
         return chunk_texts([""], self._tokenizer, self._matcher)[0]
-
-    @property
-    def _old(self) -> bool:
-        return "old_prompt_timelines" in self._job.compat
 
     def _lay(self, positive: str, negative: str, timeline: Timeline) -> LaidPrompts:
         parts = tuple(self._lay_part(part) for part in parse_positive(positive, timeline))
@@ -79,14 +81,21 @@ class PromptLayout:
         return LaidPrompts(parts, self._lay_part(other), timeline.steps)
 
     def _lay_part(self, part: Part) -> LaidPart:
-        texts = chunk_texts([entry.text for entry in part.entries], self._tokenizer, self._matcher, self._reading)
-        return LaidPart(part.weight, tuple(entry.end_at_step for entry in part.entries), texts)
+        distinct = {entry.text: None for entry in part.entries}
+        numbers = {text: number for number, text in enumerate(distinct)}
+        return LaidPart(
+            weight=part.weight,
+            ends=tuple(entry.end_at_step for entry in part.entries),
+            which=tuple(numbers[entry.text] for entry in part.entries),
+            texts=chunk_texts(list(distinct), self._tokenizer, self._matcher, self._reading),
+            is_empty=list(distinct) == [""],
+        )
 
 
 def encode_part(part: LaidPart, job: JobSpec, *, zero: bool = False) -> Generator[Operation, Any, Timed]:
     """Have one side encoded."""
-    conditionings = yield Encode(part.texts, job.clip_skip, job.emphasis, zero)
-    return Timed(part.weight, part.ends, conditionings)
+    conditionings = yield Encode(part.texts, part.counts, job.clip_skip, job.emphasis, zero)
+    return Timed(part.weight, part.ends, tuple(conditionings[number] for number in part.which))
 
 
 def encode_parts(parts: tuple[LaidPart, ...], job: JobSpec) -> Generator[Operation, Any, tuple[Timed, ...]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import secrets
 from collections.abc import Sequence
 from concurrent.futures import Future
 from pathlib import Path
@@ -13,7 +14,7 @@ from latentfarm_shared.embeddings.files import EmbeddingFile, read_embedding
 from latentfarm_shared.errors import MissingExtra
 from latentfarm_shared.prompts.contract import settle
 from latentfarm_shared.records import CheckpointRecord, EmbeddingRecord, Lock
-from latentfarm_shared.specs import JobSpec, expand
+from latentfarm_shared.specs import JobSpec, drawn_seeds, expand
 from torch import Tensor
 
 from latentfarm_worker.bank import EmbeddingBank
@@ -122,7 +123,8 @@ class Renderer:
             UsageError: an embedding that is missing, misspelt or does not fit.
         """
         settled = settle(spec, self.record, self._embeddings, self.checkpoint.tokenizer)
-        return settled.spec, Lock(checkpoint=self.record, embeddings=settled.embeddings)
+        final = JobSpec.check(settled.spec.model_dump() | drawn_seeds(spec, secrets.randbelow))
+        return final, Lock(checkpoint=self.record, embeddings=settled.embeddings)
 
     def submit(
         self, spec: JobSpec, lock: Lock, index: int = 0, *, urgent: bool = False,

@@ -18,6 +18,7 @@ from torch import Tensor
 from latentfarm_worker.guidance import Guidance
 from latentfarm_worker.operations import Conditioning, Decode, Denoise, Encode, EncodePixels, Operation, Picture
 from latentfarm_worker.prompts import LaidPart, LaidPrompts, PromptLayout, encode_part, encode_parts
+from latentfarm_worker.sampling.dpm_solver import levels_asked
 from latentfarm_worker.sampling.noise import ImageNoise, NoiseRecipe, TorchGenerator
 from latentfarm_worker.sampling.noise_model import NoiseModel, Scaling, with_zero_terminal_snr
 from latentfarm_worker.sampling.samplers import SAMPLERS, TIMESTEP_SAMPLERS
@@ -60,7 +61,7 @@ class Progress:
         self.stage, self.step, self.steps = stage, 0, steps
 
     def advance(self, latent: Tensor) -> None:
-        """Count a model call and keep the clean latent it guessed, for previews."""
+        """Count a model call and keep what there is to see after it, for previews."""
         self.step, self.latent = self.step + 1, latent
 
 
@@ -135,7 +136,7 @@ def txt2img(request: RenderRequest, model: RenderModel) -> Render:
         picture: Picture = yield Decode(latent, tiling, precise)
         if _is_sound(picture):
             return Rendered(picture.pixels, applied)
-        if not model.is_precise and bool(latent.isfinite().all()):
+        if not (precise or model.is_precise) and bool(latent.isfinite().all()):
             picture = yield Decode(latent, tiling, precise=True)
             if _is_sound(picture):
                 return Rendered(picture.pixels, applied)
@@ -164,7 +165,7 @@ def _guidance(
     positive = yield from encode_parts(laid.positive, job)
     empty: Conditioning | None = None
     if job.options.pad_conds == "empty":
-        (empty,) = yield Encode((request.empty,), job.clip_skip, job.emphasis)
+        (empty,) = yield Encode((request.empty,), clip_skip=job.clip_skip, emphasis=job.emphasis)
     renoises = sampler == "DDIM CFG++"
     return Guidance(positive, negative, job.cfg_scale, laid.calls, job.options, empty, renoises)
 
@@ -186,10 +187,13 @@ def first_pass(
     else:
         sigmas = sigmas_for(job.sampler, job.schedule, levels, job.steps, job.options, model.family)
         start = start * (math.sqrt(1 + sigmas[0] ** 2) if job.options.sgm_noise_multiplier else sigmas[0])
-        noise.span(min(s for s in sigmas if s > 0), max(sigmas))
+        noise.span(min(s for s in sigmas if s > 0), max(sigmas), levels_asked(job.sampler, sigmas))
         steps = SAMPLERS[job.sampler](start, Walk(sigmas, levels.sigma_min, levels.sigma_max), noise, job.options)
     asker = _Asker(request, guidance, levels, job.sampler, "first pass", precise)
-    return (yield from asker.walk(steps))
+    try:
+        return (yield from asker.walk(steps))
+    finally:
+        noise.stop()
 
 
 def hires_pass(
@@ -200,7 +204,7 @@ def hires_pass(
     Of a schedule of int(steps / strength) the last `steps` are walked, whatever the strength.
     """
     request.watch("first", latent)
-    latent = yield from _enlarged(request, latent)
+    latent = yield from _enlarged(request, latent, precise=precise)
     request.watch("upscaled", latent)
     noise = _noise(request.image, (CHANNELS, latent.shape[1], latent.shape[2]), model.device)
     fresh = noise.initial()
@@ -228,17 +232,21 @@ def _resumed(
     levels = noise_levels(model.noise, sampler, job)
     if TRAITS[sampler].kind == "timesteps":
         timesteps = timesteps_for(total, job.options)
+        wanted = min(wanted, len(timesteps))
         alpha = float(levels.alphas_cumprod[timesteps[wanted - 1]])
         noised = math.sqrt(alpha) * latent + math.sqrt(1 - alpha) * fresh
-        walk = TimestepWalk(timesteps[: wanted - 1], levels.alphas_cumprod, resumed=True)
+        walk = TimestepWalk(timesteps[: max(wanted - 1, 1)], levels.alphas_cumprod, resumed=True)
         steps = TIMESTEP_SAMPLERS[sampler](noised, walk, noise, job.options)
     else:
         sigmas = sigmas_for(sampler, hires.schedule or job.schedule, levels, total, job.options, model.family)
-        noise.span(min(s for s in sigmas if s > 0), max(sigmas))
-        tail = sigmas[total - wanted :]
+        tail = sigmas[min(total - wanted, len(sigmas) - 2) :]  # some schedules are shorter than asked for
+        noise.span(min(s for s in sigmas if s > 0), max(sigmas), levels_asked(sampler, tail))
         steps = SAMPLERS[sampler](latent + fresh * tail[0], Walk(tail, tail[-2], tail[0]), noise, job.options)
     asker = _Asker(request, guidance, levels, sampler, "hires pass", precise)
-    return (yield from asker.walk(steps))
+    try:
+        return (yield from asker.walk(steps))
+    finally:
+        noise.stop()
 
 
 def _hires(request: RenderRequest) -> HiresFix:
@@ -247,18 +255,22 @@ def _hires(request: RenderRequest) -> HiresFix:
     return request.image.job.hires
 
 
-def _enlarged(request: RenderRequest, latent: Tensor) -> LatentRender:
-    """Enlarge the first pass to cover the hires size and crop it there, in the latent or by way of pixels."""
+def _enlarged(request: RenderRequest, latent: Tensor, *, precise: bool) -> LatentRender:
+    """Enlarge the first pass to cover the hires size and crop it there, in the latent or by way of pixels.
+
+    A first pass that is not finite stays so, for `txt2img` to notice.
+    """
     job, hires = request.image.job, _hires(request)
     size = hires.target(job.width, job.height)
     request.progress.begin("upscaling", 0)
     if hires.upscaler in LATENT_UPSCALERS:
         large = enlarge_latent(latent, hires.upscaler, size)
     else:
-        picture: Picture = yield Decode(latent, job.tiling)
+        picture: Picture = yield Decode(latent, job.tiling, precise)
         pixels = yield from enlarge_pixels(picture.pixels, hires.upscaler, (size[0] // 8 * 8, size[1] // 8 * 8))
         shape = (CHANNELS, pixels.shape[0] // 8, pixels.shape[1] // 8)
-        large = yield EncodePixels(pixels, TorchGenerator(request.image.seed).randn(shape), job.tiling)
+        large = yield EncodePixels(pixels, TorchGenerator(request.image.seed).randn(shape), job.tiling, precise)
+        large = large if picture.finite else large * math.nan
     wide, high = hires.crop(job.width, job.height)
     return large[
         :, high // 2 : large.shape[1] - (high + 1) // 2, wide // 2 : large.shape[2] - (wide + 1) // 2
@@ -284,7 +296,7 @@ def noise_levels(trained: NoiseModel, sampler: str, job: JobSpec) -> NoiseModel:
     if options.downcast_alphas:
         alphas = alphas.half()
     if options.zero_terminal_snr:
-        alphas = with_zero_terminal_snr(alphas)
+        alphas = with_zero_terminal_snr(alphas.float())
     stride = LCM_STRIDE if sampler == "LCM" else 1
     if alphas is trained.alphas_cumprod and stride == 1 and not options.round_timesteps:
         return trained
@@ -326,7 +338,7 @@ class _Asker:
             call += 1
 
     def _clean(self, latent: Tensor, answer: Tensor) -> Tensor:
-        """Return the clean latent of an answer; timestep samplers are told the noise, whose place the latent takes."""
+        """Return what to show of a call: the clean latent; of timestep samplers, which are told the noise, what they had."""
         return latent if TRAITS[self.sampler].kind == "timesteps" else answer
 
     def _scaling(self, level: float) -> Scaling:

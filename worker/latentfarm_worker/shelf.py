@@ -8,6 +8,8 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Protocol, TypeVar
 
+from latentfarm_worker.checkpoint import Checkpoint
+
 
 class Weighed(Protocol):
     """What takes memory."""
@@ -33,14 +35,15 @@ class Shelf:
         self.loads = 0
 
     @contextmanager
-    def using(self, key: str, load: Callable[[], T]) -> Iterator[T]:
+    def using(self, key: str, load: Callable[[], T], size: int = 0) -> Iterator[T]:
         """Hold a checkpoint for as long as the block runs, loading it if it is not there.
 
-        One is loaded at a time, after making room for what came before it.
+        One is loaded at a time, after making room for the `size` in bytes it is expected to have.
         """
         checkpoint = self._take(key)
         if checkpoint is None:
             with self._loading:
+                self._make_room(size)
                 checkpoint = self._take(key) or self._put(key, load())
         try:
             yield checkpoint  # type: ignore[misc]
@@ -65,14 +68,21 @@ class Shelf:
         self._make_room()
         return checkpoint
 
-    def _make_room(self) -> None:
-        """Give up the least recently used that nobody uses, until the rest fits; the last one stays."""
+    def _make_room(self, size: int = 0) -> None:
+        """Give up the least recently used that nobody uses, until the rest and `size` more fit."""
         with self._guard:
             for key in list(self._held):
-                if len(self._held) == 1 or sum(c.bytes for c in self._held.values()) <= self._budget:
+                alone = len(self._held) == 1 and not size
+                if alone or size + sum(c.bytes for c in self._held.values()) <= self._budget:
                     return
                 if not self._users[key]:
                     del self._held[key]
+
+    def cache_counts(self) -> tuple[int, int]:
+        """Return how often encoded prompts were found again and were not, over the checkpoints in memory."""
+        with self._guard:
+            caches = [checkpoint.cache for checkpoint in self._held.values() if isinstance(checkpoint, Checkpoint)]
+        return sum(cache.hits for cache in caches), sum(cache.misses for cache in caches)
 
     def __contains__(self, key: str) -> bool:
         """Tell whether a checkpoint is in memory."""

@@ -125,6 +125,8 @@ class Supervisor:
             "slots": signs.slots,
             "reserve": RESERVE,
             "loads": signs.loads,
+            "cache_hits": signs.cache_hits,
+            "cache_misses": signs.cache_misses,
             "phase": signs.phase,
             "draining": int(self._stop_at is not None),
         }

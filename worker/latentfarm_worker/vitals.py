@@ -23,7 +23,7 @@ STALL_LIMIT_S = {
     "upscaling": 300.0,
 }
 RESERVE = 2  # images of the interactive lane a worker takes beside its slots
-_LAYOUT = struct.Struct("<BxxxIIIQ")
+_LAYOUT = struct.Struct("<BxxxIIIIIQ")
 _TEXT = 4096
 _SIZE = _LAYOUT.size + 4 + _TEXT
 
@@ -36,6 +36,8 @@ class Signs:
     slots: int
     loads: int
     embeddings: int
+    cache_hits: int
+    cache_misses: int
     progress: int
     checkpoints: tuple[str, ...]
 
@@ -51,6 +53,7 @@ class Vitals:
             self._map = mmap.mmap(file.fileno(), _SIZE)
         self._progress, self._phase = 0, 0
         self._counts = (0, 0, 0)
+        self._cache = (0, 0)
 
     def beat(self, phase: str) -> None:
         """Write a new phase and count progress."""
@@ -62,13 +65,18 @@ class Vitals:
         self._counts = (slots, loads, embeddings)
         self._write()
 
+    def note_cache(self, hits: int, misses: int) -> None:
+        """Write how often encoded prompts were found again, and count progress."""
+        self._cache = (hits, misses)
+        self._write()
+
     def progress(self) -> None:
         """Count progress alone."""
         self._write()
 
     def _write(self) -> None:
         self._progress += 1
-        _LAYOUT.pack_into(self._map, 0, self._phase, *self._counts, self._progress)
+        _LAYOUT.pack_into(self._map, 0, self._phase, *self._counts, *self._cache, self._progress)
 
     def advertise(self, checkpoints: list[str]) -> None:
         """Write which checkpoints are ready."""
@@ -77,10 +85,11 @@ class Vitals:
 
     def read(self) -> Signs:
         """Return the latest reading."""
-        phase, slots, loads, embeddings, progress = _LAYOUT.unpack_from(self._map, 0)
+        phase, slots, loads, embeddings, hits, misses, progress = _LAYOUT.unpack_from(self._map, 0)
         (length,) = struct.unpack_from("<I", self._map, _LAYOUT.size)
         text = bytes(self._map[_LAYOUT.size + 4 : _LAYOUT.size + 4 + length]).decode()
-        return Signs(PHASES[phase], slots, loads, embeddings, progress, tuple(filter(None, text.split(","))))
+        checkpoints = tuple(filter(None, text.split(",")))
+        return Signs(PHASES[phase], slots, loads, embeddings, hits, misses, progress, checkpoints)
 
 
 class StallWatch:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -58,6 +59,12 @@ def patiently(action: Callable[[], T]) -> T:
     return action()
 
 
+def _end_process(error: BaseException) -> None:
+    """End a process whose device can run nothing any more; its leases run out and its images run elsewhere."""
+    log.error("the device is lost", error=repr(error))
+    os._exit(1)
+
+
 class Worker:
     """One process's share of the farm. `serve` is called by Celery's threads, one image at a time each."""
 
@@ -74,12 +81,15 @@ class Worker:
         self._unpublished = Room(settings.unpublished_mb * 2**20)
         self._claims: dict[str, tuple[Claim, Future[Rendered]]] = {}
         self._strange: set[str] = set()
+        self._canceled: set[str] = set()
         self._guard = threading.Lock()
         self._draining = threading.Event()
         self._publishers = ThreadPoolExecutor(PUBLISHERS, "publish")
         costs = settings.cache / "costs" / f"{settings.device.replace(':', '-')}-{self._runtime.dtype}.json"
         capacity = Capacity(engine_budget(settings), settings.device, costs)
-        self._engine = Engine(self._vitals.beat, slots=settings.slots, policy=settings.policy, capacity=capacity)
+        self._engine = Engine(
+            self._vitals.beat, slots=settings.slots, policy=settings.policy, capacity=capacity, on_fatal=_end_process
+        )
 
     def start(self) -> None:
         """Start the engine."""
@@ -100,7 +110,8 @@ class Worker:
 
     def _checkpoint(self, record: CheckpointRecord) -> AbstractContextManager[Checkpoint]:
         """Hold a checkpoint, which is fetched and loaded if it is not in memory."""
-        return self._shelf.using(record.hash, lambda: self.load_checkpoint(record))
+        size = sum(file.size for file in record.files)
+        return self._shelf.using(record.hash, lambda: self.load_checkpoint(record), size)
 
     def load_checkpoint(self, record: CheckpointRecord) -> Checkpoint:
         """Fetch and load a checkpoint; a simulated worker overrides this."""
@@ -144,11 +155,14 @@ class Worker:
         claim = self._ledger.claim(self.name, queues)
         if claim is None:
             return False
+        with self._guard:  # known from now on, though nothing is in flight yet
+            self._claims[claim.member] = (claim, Future())
         with suppress(Unavailable):  # the sweeper rings within a second
             ring_again()
         with ExitStack() as held:
             future = self._render(claim, held)
             self._finish(claim, future)
+        self._vitals.note_cache(*self._shelf.cache_counts())
         return True
 
     def _render(self, claim: Claim, held: ExitStack) -> Future[Rendered]:
@@ -166,6 +180,9 @@ class Worker:
             future.set_exception(error)
         with self._guard:
             self._claims[claim.member] = (claim, future)
+            canceled = claim.member in self._canceled
+        if canceled:
+            self._engine.cancel(future)
         return future
 
     def _finish(self, claim: Claim, future: Future[Rendered]) -> None:
@@ -213,6 +230,7 @@ class Worker:
         finally:
             with self._guard:
                 self._claims.pop(claim.member, None)
+                self._canceled.discard(claim.member)
 
     def reconcile(self) -> None:
         """Hand back claims in our name that we know nothing of, such as one whose answer was lost on the way.
@@ -233,6 +251,8 @@ class Worker:
         """Stop rendering an image of a canceled job; may be repeated."""
         with self._guard:
             held = self._claims.get(member)
+            if held:
+                self._canceled.add(member)
         if held:
             self._engine.cancel(held[1])
 

@@ -51,7 +51,7 @@ def generate(  # noqa: PLR0917 - typer turns each into an option
     hires_steps: Annotated[int | None, typer.Option(help="As many as the first pass, if not given.")] = None,
     denoising: Annotated[float | None, typer.Option(help="Denoising strength of the hires pass; 0.7.")] = None,
     emphasis: Annotated[str | None, typer.Option(help="Original, No norm, Ignore or None.")] = None,
-    tiling: Annotated[bool | None, typer.Option("--tiling", help="Make pictures that tile.")] = None,
+    tiling: Annotated[bool | None, typer.Option("--tiling/--no-tiling", help="Make pictures that tile.")] = None,
     option: Annotated[
         list[str] | None, typer.Option("--set", help="Sampler setting as NAME=VALUE, such as eta=0.5; may be repeated.")
     ] = None,
@@ -73,6 +73,7 @@ def generate(  # noqa: PLR0917 - typer turns each into an option
         latentfarm generate --from out/picture.png --sampler "DPM++ 2M" -o again
     """
     from latentfarm_shared.errors import InvalidField  # noqa: PLC0415
+    from latentfarm_shared.names import resolve_sampler  # noqa: PLC0415
     from latentfarm_shared.specs import EmbeddingUse, JobSpec  # noqa: PLC0415
 
     given = {
@@ -86,12 +87,17 @@ def generate(  # noqa: PLR0917 - typer turns each into an option
     if source is None and prompt is None:
         raise InvalidField("prompt", "is missing; give one, or a picture with --from")
     values: dict[str, Any] = _from_picture(source) if source else {}
+    if sampler is not None and resolve_sampler(sampler)[1]:
+        values.pop("schedule", None)  # a legacy name brings its own
     values |= {name: value for name, value in given.items() if value is not None}
     values |= _size(size) if size else {}
     values |= _variation(variation) if variation else {}
     chosen = {name: value for name, value in second.items() if value is not None}
+    if chosen and hires is None and not values.get("hires"):
+        raise InvalidField("hires", "is missing; --hires 2 makes the second pass that the other options are for")
     if chosen:
-        values["hires"] = (values.get("hires") or {}) | chosen
+        picture = values.get("hires") or {}
+        values["hires"] = picture | ({"width": 0, "height": 0} if hires is not None else {}) | chosen
     values["options"] = (values.get("options") or {}) | _options(option or [])
     spec = JobSpec.check(values)
     if output:
@@ -138,9 +144,12 @@ def _read_picture(path: Path) -> Infotext:
 
 
 def _from_picture(path: Path) -> dict[str, Any]:
-    from latentfarm_shared.infotext import spec_values  # noqa: PLC0415
+    from latentfarm_shared.infotext import spec_values, unread_keys  # noqa: PLC0415
 
-    return spec_values(_read_picture(path))
+    found = _read_picture(path)
+    for key in unread_keys(found):
+        typer.echo(f"latentfarm: the picture was made with {key}, which this farm does not do", err=True)
+    return spec_values(found)
 
 
 def _variation(text: str) -> dict[str, str]:

@@ -61,6 +61,8 @@ class WorkerStatus(BaseModel):
     phase: str
     draining: bool
     loads: int
+    cache_hits: int = 0
+    cache_misses: int = 0
 
 
 class Ledger:
@@ -297,4 +299,6 @@ def _worker(name: str, fields: dict[str, str], claims: int) -> WorkerStatus:
         phase=fields.get("phase", "starting"),
         draining=fields.get("draining") == "1",
         loads=int(fields.get("loads", 0)),
+        cache_hits=int(fields.get("cache_hits", 0)),
+        cache_misses=int(fields.get("cache_misses", 0)),
     )

@@ -20,7 +20,7 @@ _TOKEN = re.compile(
     """,
     re.VERBOSE | re.DOTALL,
 )
-_BREAK = re.compile(r"\s*\bBREAK\b\s*", re.DOTALL)
+_BREAK = re.compile(r"\bBREAK\b")
 
 
 @dataclass(frozen=True)
@@ -80,11 +80,13 @@ def _scale(pieces: list[_Piece], start: int, factor: float) -> None:
 
 
 def _split_breaks(text: str) -> list[_Piece]:
-    parts = _BREAK.split(text)
-    pieces = [_Piece(parts[0])]
-    for part in parts[1:]:
-        pieces += [_Piece("", is_break=True), _Piece(part)]
-    return pieces
+    first, *rest = _BREAK.split(text)
+    if not rest:
+        return [_Piece(text)]
+    pieces = [_Piece(first.rstrip())]
+    for part in rest[:-1]:
+        pieces += [_Piece("", is_break=True), _Piece(part.strip())]
+    return [*pieces, _Piece("", is_break=True), _Piece(rest[-1].lstrip())]
 
 
 def _merge(pieces: list[_Piece]) -> tuple[Segment, ...]:

@@ -11,10 +11,11 @@ from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
 from latentfarm_shared.errors import EmbeddingRefused, InvalidField, UnknownName
-from latentfarm_shared.prompts.chunks import Reading
-from latentfarm_shared.prompts.editing import Timeline
+from latentfarm_shared.prompts.attention import parse_attention
+from latentfarm_shared.prompts.chunks import Reading, chunk_prompt
 from latentfarm_shared.prompts.language import parse_negative, parse_positive, split_and, strip_comments
 from latentfarm_shared.prompts.matching import Mention, NameMatcher
+from latentfarm_shared.prompts.passes import timelines
 from latentfarm_shared.prompts.tokens import ClipTokenizer
 from latentfarm_shared.records import CheckpointRecord, EmbeddingRecord
 from latentfarm_shared.specs import Compat, JobSpec, Side
@@ -22,7 +23,7 @@ from latentfarm_shared.specs import Compat, JobSpec, Side
 _EXPLICIT = re.compile(r"(?<![\w-])embedding:(?P<comfy>[^\s,()\[\]<>:|]+)|<(?P<angle>[^<>:\n]+)>")
 _EXTRA_NETWORK = re.compile(r"<(\w+):[^<>]*>")
 _WORDS = re.compile(r"[^\s,.;!?()\[\]|:\"']+")
-MAX_PARTS, MAX_CHARACTERS = 32, 200_000
+MAX_PARTS, MAX_CHARACTERS, MAX_CHUNKS = 32, 200_000, 1024
 _CODE_LIKE = re.compile(r"[\d_-]")
 
 
@@ -44,22 +45,24 @@ def settle(
         EmbeddingRefused: an embedding made for another family of checkpoints.
         InvalidField: the prompt asks for something that is no embedding and not supported.
     """
+    if spec.clip_skip > checkpoint.layers:
+        raise InvalidField("clip_skip", f"model {checkpoint.name!r} takes 1 to {checkpoint.layers}")
     matcher = NameMatcher(tokenizer, known.values())
     used: dict[str, EmbeddingRecord] = {}
     prompts: dict[str, str] = {}
     for field, written in spec.prompts:
-        side: Side = "negative" if field.endswith("negative_prompt") else "positive"
+        side: Side = "negative" if _is_negative(field) else "positive"
         prompt, explicit = _replace_explicit(strip_comments(written), field, known, spec.compat)
-        _refuse_too_much(prompt, field, spec)
-        mentioned = _mentions(prompt, matcher, spec)
+        _refuse_too_much(prompt, field, spec, (tokenizer, matcher))
+        mentioned = _mentions(prompt, field, matcher, spec)
         for use in (use for use in spec.embeddings if use.side == side):
             record = _lookup(use.name, known)
             explicit.append(record)
             if record not in mentioned:
-                prompt = f"{prompt}, {_escape(record.name)}" if prompt.strip() else _escape(record.name)
+                prompt = _with_word(prompt, _escape(record.name))
                 mentioned.append(record)
-        _refuse_near_misses(prompt, matcher, known, spec)
-        mentioned = _mentions(prompt, matcher, spec)
+        _refuse_near_misses(prompt, field, matcher, known, spec)
+        mentioned = _mentions(prompt, field, matcher, spec)
         lost = next((record for record in explicit if record not in mentioned), None)
         if lost is not None:
             raise EmbeddingRefused(lost.name, f"its name is not a word of its own in {field}")
@@ -70,34 +73,48 @@ def settle(
     return Settled(spec.with_prompts(prompts), tuple(used.values()))
 
 
-def _refuse_too_much(prompt: str, field: str, spec: JobSpec) -> None:
+def _refuse_too_much(prompt: str, field: str, spec: JobSpec, layout: tuple[ClipTokenizer, NameMatcher]) -> None:
     """Refuse a prompt whose parts or changing texts would keep a device busy with nothing else."""
-    timeline = Timeline(spec.steps)
-    if len(split_and(prompt)) > MAX_PARTS and not field.endswith("negative_prompt"):
+    if not _is_negative(field) and len(split_and(prompt)) > MAX_PARTS:
         raise InvalidField(field, f"has more than {MAX_PARTS} parts joined by AND")
-    parts = (*parse_positive(prompt, timeline), *parse_negative(prompt, timeline))
-    if sum(len(text) for text in {entry.text for part in parts for entry in part.entries}) > MAX_CHARACTERS:
+    texts = list(_texts(prompt, field, spec))
+    too_long = sum(map(len, texts)) > MAX_CHARACTERS
+    if too_long or len(texts) * max(len(chunk_prompt(text, *layout)) for text in texts) > MAX_CHUNKS:
         raise InvalidField(
-            field, "changes too often for its length; shorten it, or what stands around its alternations"
+            field, "is too long for what changes in it; shorten it, or what stands around its alternations"
         )
 
 
-def _texts(prompt: str, spec: JobSpec) -> Iterator[str]:
-    """Yield every text a prompt goes through, in whichever pass."""
+def _is_negative(field: str) -> bool:
+    return field.endswith("negative_prompt")
+
+
+def _texts(prompt: str, field: str, spec: JobSpec) -> Iterator[str]:
+    """Yield every distinct text a prompt goes through, in every pass that reads it."""
     seen: set[str] = set()
-    for timeline in (Timeline(spec.steps), Timeline(spec.steps, spec.steps)):
-        for part in (*parse_positive(prompt, timeline), *parse_negative(prompt, timeline)):
+    parse = parse_negative if _is_negative(field) else parse_positive
+    for timeline in timelines(spec, field):
+        for part in parse(prompt, timeline):
             for entry in part.entries:
                 if entry.text not in seen:
                     seen.add(entry.text)
                     yield entry.text
 
 
-def _segments(prompt: str, spec: JobSpec) -> Iterator[str]:
+def _segments(prompt: str, field: str, spec: JobSpec) -> Iterator[str]:
+    """Yield the text of every distinct segment of every text."""
     reading = Reading(attention=spec.emphasis != "None")
-    for text in _texts(prompt, spec):
-        for segment in reading.segments(text):
-            yield segment.text
+    texts = _texts(prompt, field, spec)
+    yield from dict.fromkeys(segment.text for text in texts for segment in reading.segments(text))
+
+
+def _with_word(prompt: str, word: str) -> str:
+    """Add a word at the end of a prompt, or in front where the end belongs to a weight, an AND or an open bracket."""
+    if not prompt.strip():
+        return word
+    after = f"{prompt}, {word}"
+    plain = split_and(after) == [(after, 1.0)] and split_and(prompt) == [(prompt.rstrip(), 1.0)]
+    return after if plain and parse_attention(after)[-1].weight == 1 else f"{word}, {prompt}"
 
 
 def _replace_explicit(
@@ -124,9 +141,9 @@ def _lookup(name: str, known: Mapping[str, EmbeddingRecord]) -> EmbeddingRecord:
     return record
 
 
-def _mentions(prompt: str, matcher: NameMatcher, spec: JobSpec) -> list[EmbeddingRecord]:
+def _mentions(prompt: str, field: str, matcher: NameMatcher, spec: JobSpec) -> list[EmbeddingRecord]:
     found: list[EmbeddingRecord] = []
-    for text in _segments(prompt, spec):
+    for text in _segments(prompt, field, spec):
         for item in matcher.split(text):
             if isinstance(item, Mention) and item.embedding not in found:
                 found.append(item.embedding)
@@ -140,16 +157,20 @@ def _refuse_misfit(record: EmbeddingRecord, checkpoint: CheckpointRecord) -> Non
         raise EmbeddingRefused(record.name, f"its vectors are {has}, but model {checkpoint.name!r} takes {needs}")
 
 
-def _refuse_near_misses(prompt: str, matcher: NameMatcher, known: Mapping[str, EmbeddingRecord], spec: JobSpec) -> None:
-    for segment in _segments(prompt, spec):
+def _refuse_near_misses(
+    prompt: str, field: str, matcher: NameMatcher, known: Mapping[str, EmbeddingRecord], spec: JobSpec
+) -> None:
+    words: dict[str, None] = {}
+    for segment in _segments(prompt, field, spec):
         text = segment
         for item in matcher.split(text):
             if isinstance(item, Mention):
                 text = _written(item.embedding.name).sub(" ", text)
-        for word in _WORDS.findall(text):
-            near = _within_two_edits(word.lower(), known) if _CODE_LIKE.search(word) else ()
-            if near:
-                raise UnknownName("embedding", word, near)
+        words |= dict.fromkeys(word for word in _WORDS.findall(text) if _CODE_LIKE.search(word))
+    for word in words:
+        near = _within_two_edits(word.lower(), known)
+        if near:
+            raise UnknownName("embedding", word, near)
 
 
 def _written(name: str) -> re.Pattern[str]:

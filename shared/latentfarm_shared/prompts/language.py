@@ -11,10 +11,9 @@ from dataclasses import dataclass
 
 from latentfarm_shared.prompts.editing import Entry, Timeline, timetable
 
-_COMMENT = re.compile(r"(^|\n)\s*#[^\n]*(?:\n|$)|#[^\n]*")
 _EXTRA_NETWORK = re.compile(r"<\w+:[^>]*>")
 _AND = re.compile(r"\bAND\b")
-_WEIGHTED = re.compile(r"(?P<text>.*?)(?:\s*:\s*(?P<weight>[+-]?(?:\d+\.?\d*|\.\d+)))?\s*", re.DOTALL)
+_WEIGHT = re.compile(r":\s*([+-]?(?:\d+\.?\d*|\.\d+))$")
 
 
 @dataclass(frozen=True)
@@ -27,7 +26,10 @@ class Part:
 
 def strip_comments(prompt: str) -> str:
     """Remove what follows a `#` to the end of its line; a line of nothing else goes as a whole."""
-    return _COMMENT.sub(lambda match: match[1] or "", prompt) if "#" in prompt else prompt
+    if "#" not in prompt:
+        return prompt
+    lines = ((line, line.partition("#")) for line in prompt.split("\n"))
+    return "\n".join(before for line, (before, mark, _) in lines if before.strip() or not mark)
 
 
 def strip_extra_networks(prompt: str) -> str:
@@ -39,9 +41,9 @@ def split_and(prompt: str) -> list[tuple[str, float]]:
     """Split on the upper-case word `AND`; each part may end in `:weight`, which a prompt without `AND` may too."""
     parts = []
     for piece in _AND.split(prompt):
-        match = _WEIGHTED.fullmatch(piece)
-        text, weight = (match["text"], match["weight"]) if match else (piece, None)
-        parts.append((text, 1.0 if weight is None else float(weight)))
+        text = piece.rstrip()
+        match = _WEIGHT.search(text)
+        parts.append((text[: match.start()].rstrip(), float(match[1])) if match else (text, 1.0))
     return parts
 
 

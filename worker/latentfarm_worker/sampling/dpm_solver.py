@@ -88,6 +88,14 @@ def _float32_levels(sigma: float, next_sigma: float) -> tuple[float, float, floa
     return first, middle, last
 
 
+def levels_asked(sampler: str, sigmas: list[float]) -> list[float]:
+    """Return the noise levels whose Brownian noise a sampler will ask for, in order; none if it asks for none."""
+    steps = [pair for pair in pairwise(sigmas) if pair[1] > 0]
+    if sampler == "DPM++ SDE":
+        return [level for pair in steps for level in _float32_levels(*pair)]
+    return [level for pair in steps for level in pair] if "SDE" in sampler else []
+
+
 def _sde_noise(next_sigma: float, eta_h: float, options: SamplingOptions) -> float:
     return next_sigma * math.sqrt(-math.expm1(-2 * eta_h)) * options.s_noise
 
@@ -267,6 +275,8 @@ def dpm_adaptive(latent: Tensor, walk: Walk, noise: Noise, options: SamplingOpti
         high = _order_3(latent, eps, (yield from _second_part(latent, eps, part, t, h)), aim, h)
         allowed = torch.maximum(torch.full_like(low, absolute), relative * torch.maximum(low.abs(), before.abs()))
         error = float(torch.linalg.vector_norm((low - high) / allowed) / math.sqrt(latent.numel()))
+        if not math.isfinite(error):  # no step would ever be small enough
+            return high
         if size.accepts(error):
             before, t = low, end
             latent = high + noise.fresh() * (options.s_noise * up) if up else high

@@ -7,7 +7,7 @@ Salmon et al. 2011) computed on the CPU. Behaviour of A1111 v1.10.1; all tensors
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal, Protocol
 
@@ -112,6 +112,7 @@ class ImageNoise:
         self._recipe, self._shape, self._device = recipe, shape, device
         self._make = GENERATORS[recipe.source]
         self._generator: Generator = self._make(recipe.seed)
+        self._ends = (0.0, 1.0)
         self._path: BrownianPath | None = None
 
     def initial(self) -> Tensor:
@@ -134,9 +135,18 @@ class ImageNoise:
         """Draw the next noise of the image's own generator, as ancestral samplers want it."""
         return self._generator.randn(self._shape).to(self._device)
 
-    def span(self, low: float, high: float) -> None:
-        """Lay the image's Brownian path over noise levels `low` to `high`; it depends on the seed alone."""
-        self._path = BrownianPath(low, high, self._recipe.seed, self._draw)
+    def span(self, low: float, high: float, ahead: Sequence[float] = ()) -> None:
+        """Lay the image's Brownian path over noise levels `low` to `high`; it depends on the seed alone.
+
+        Levels known `ahead` are drawn in the background; without any, nothing is drawn before it is asked for.
+        """
+        self._ends = low, high
+        self._path = BrownianPath(low, high, self._recipe.seed, self._draw, ahead) if ahead else None
+
+    def stop(self) -> None:
+        """Draw no more in the background."""
+        if self._path is not None:
+            self._path.stop()
 
     def _draw(self, seed: int) -> Tensor:
         return self._make(seed).randn(self._shape)
@@ -144,7 +154,7 @@ class ImageNoise:
     def between(self, sigma: float, next_sigma: float) -> Tensor:
         """Return the path's increment between two noise levels, scaled to unit variance."""
         if self._path is None:
-            raise RuntimeError("span() says between which noise levels the path lies")
+            self._path = BrownianPath(*self._ends, self._recipe.seed, self._draw)
         return self._path.increment(sigma, next_sigma).to(self._device)
 
 

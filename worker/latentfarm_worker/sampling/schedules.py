@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import groupby
 
 import numpy as np
 import torch
@@ -143,7 +144,7 @@ def sigmas_for(
     sigmas = SCHEDULES[effective_schedule(sampler, schedule)](span, steps + discards, options)
     if discards:
         sigmas = torch.cat([sigmas[:-2], sigmas[-1:]])
-    return [float(sigma) for sigma in sigmas]
+    return [level for level, _ in groupby(sigmas.tolist())]  # more steps than levels would repeat some
 
 
 def timesteps_for(steps: int, options: SamplingOptions) -> list[int]:
