@@ -35,7 +35,7 @@ class Runtime:
     def from_settings(cls, settings: Settings) -> Runtime:
         """Return what the settings ask for, with what suits the device where they leave it open.
 
-        CUDA: float16 and channels last; CPU: float32, channels last. Compiled and strict runs have fixed batch sizes.
+        CUDA: float16 and channels last; CPU: float32. Compiled and strict runs have fixed batch sizes.
         """
         cuda = settings.device.startswith("cuda")
         dtype = _DTYPES[settings.dtype] or (torch.float16 if cuda else torch.float32)
