@@ -20,7 +20,7 @@ from bench.rivals import engine_s, job
 from bench.sleeping import DEVICE_S
 
 SLEEPING_IMAGES = 100
-DEMO_IMAGES = 32
+DEMO_IMAGES = 40
 START = (
     "import sys; from pathlib import Path; from latentfarm_shared.settings import Settings;"
     "from latentfarm_worker.supervisor import Supervisor; data = Path(sys.argv[1]);"
