@@ -9,7 +9,6 @@ from pathlib import Path
 import pytest
 import torch
 from latentfarm_shared.errors import DeadlineExceeded, OutOfMemory, RenderCanceled, RenderError
-from latentfarm_worker import engine as engine_module
 from latentfarm_worker.capacity import Capacity
 from latentfarm_worker.engine import Engine
 from latentfarm_worker.operations import (
@@ -226,9 +225,8 @@ def test_shared_batches_take_an_interactive_image_along() -> None:
     assert model.sizes() == [4, 4, 4, 4]
 
 
-def test_parking_does_not_last_for_ever(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(engine_module, "PARK_LIMIT_S", 0.0)
-    model, engine = CountingModel(), Engine(policy="park")
+def test_parking_does_not_last_for_ever() -> None:
+    model, engine = CountingModel(), Engine(policy="park", park_limit_s=0.0)
     parked = engine.submit(render(8, 2), model)
     endless = engine.submit(render(8, 10_000_000), model, urgent=True)
     engine.start()

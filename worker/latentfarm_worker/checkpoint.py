@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import copy
-from collections import OrderedDict
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
@@ -14,6 +13,7 @@ from latentfarm_shared.names import LATENT_UPSCALERS, PLAIN_UPSCALERS
 from latentfarm_shared.prompts.tokens import ClipTokenizer
 from torch import Tensor, nn
 
+from latentfarm_worker.cache import ConditioningCache
 from latentfarm_worker.operations import (
     Conditioning,
     Decode,
@@ -28,8 +28,6 @@ from latentfarm_worker.prompts import LaidPart
 from latentfarm_worker.runtime import Runtime
 from latentfarm_worker.sampling.noise_model import NoiseModel
 from latentfarm_worker.text import TextEncoder
-
-CACHE_BYTES = 256 * 2**20
 
 
 class Model(Protocol):
@@ -76,45 +74,6 @@ class Parts:
     noise: NoiseModel
     tokenizer: ClipTokenizer
     family: str
-
-
-@dataclass
-class ConditioningCache:
-    """Encoded texts by everything that decides them, the least recently used given up first."""
-
-    limit_bytes: int = CACHE_BYTES
-    hits: int = 0
-    misses: int = 0
-    bytes: int = 0
-    _held: OrderedDict[tuple[object, ...], tuple[Conditioning, ...]] = field(default_factory=OrderedDict)
-
-    def get(self, key: tuple[object, ...]) -> tuple[Conditioning, ...] | None:
-        """Return what is held for a key, and count."""
-        found = self._held.get(key)
-        if found is None:
-            self.misses += 1
-            return None
-        self.hits += 1
-        self._held.move_to_end(key)
-        return found
-
-    def clear(self) -> None:
-        """Give up everything."""
-        self._held.clear()
-        self.bytes = 0
-
-    def put(self, key: tuple[object, ...], value: tuple[Conditioning, ...]) -> None:
-        """Hold a value."""
-        if key in self._held:
-            return
-        self._held[key] = value
-        self.bytes += _bytes_of(value)
-        while self.bytes > self.limit_bytes and len(self._held) > 1:
-            self.bytes -= _bytes_of(self._held.popitem(last=False)[1])
-
-
-def _bytes_of(conditionings: tuple[Conditioning, ...]) -> int:
-    return sum(c.tokens.numel() * c.tokens.element_size() for c in conditionings)
 
 
 class Checkpoint:

@@ -53,11 +53,12 @@ class InFlight:
     pending: Operation
     waiting_since: int
     parked_s: float = 0.0
+    aged: bool = False
 
     @property
     def urgent(self) -> bool:
         """Whether it goes first: it was handed in so, or was parked for too long."""
-        return self.ticket.urgent or self.parked_s > PARK_LIMIT_S
+        return self.ticket.urgent or self.aged
 
 
 @dataclass
@@ -81,17 +82,18 @@ class Engine:
         slots: int = 8,
         policy: Policy = "park",
         capacity: Capacity | None = None,
+        park_limit_s: float = PARK_LIMIT_S,
         on_fatal: Callable[[BaseException], None] = lambda _error: None,
     ) -> None:
         """Keep up to `slots` batch images and as many interactive ones in flight; the rest waits in order.
 
-        `policy` says what batch images do while an interactive one is in flight: they are `park`ed, or `share` its
-        batches. `on_batch` hears the phase of every batch before it runs (encoding, denoising …), and "idle". `on_fatal`
+        `policy` says what batch images do while an interactive one is in flight: they are `park`ed, each for
+        `park_limit_s` at most, or `share` its batches. `on_batch` hears the phase of every batch before it runs (encoding, denoising …), and "idle". `on_fatal`
         hears of a device that can run nothing any more, and of this thread's own end.
         """
         self.clock = EngineClock()
         self._on_batch, self._on_fatal, self._slots, self._policy = on_batch, on_fatal, slots, policy
-        self._capacity = capacity or Capacity()
+        self._capacity, self._park_limit_s = capacity or Capacity(), park_limit_s
         self._flights: list[InFlight] = []
         self._waiting: list[Ticket] = []
         self._canceled: set[Future[Rendered]] = set()
@@ -216,6 +218,7 @@ class Engine:
             for flight in self._flights:
                 if flight not in advanced:
                     flight.parked_s += spent
+                    flight.aged = flight.parked_s > self._park_limit_s
 
     def _runnable(self) -> list[InFlight]:
         """Return the flights that may go on now."""
