@@ -195,3 +195,17 @@ def test_readme_example_works(farm: Up, tmp_path: Path, monkeypatch: pytest.Monk
 
     assert [f.suffix for f in tmp_path.iterdir()] == [".png"]
     assert next(tmp_path.iterdir()).stat().st_size > 1000
+
+
+def test_picture_is_made_again_from_itself(farm: Up, tmp_path: Path) -> None:
+    prompt = "a [girl:corneo_dva:0.3], (red background:1.2)"
+    wish = ("--sampler", "DPM++ 2M Karras", "--hires", "1.5", "--set", "ngms=1.5", "--seed", "43", "--steps", "4")
+    farm.run("generate", prompt, *wish, "-o", str(tmp_path / "first"))
+    (first,) = (tmp_path / "first").iterdir()
+
+    fields = json.loads(farm.run("params", str(first), "--json").stdout)
+    farm.run("generate", "--from", str(first), "-o", str(tmp_path / "second"))
+
+    assert (fields["prompt"], fields["Sampler"], fields["Schedule type"]) == (prompt, "DPM++ 2M", "Karras")
+    assert "corneo_dva: " in fields["TI hashes"]
+    assert next((tmp_path / "second").iterdir()).read_bytes() == first.read_bytes()

@@ -274,7 +274,7 @@ def list_workers(
     workers = [w for w in farm.workers() if not here or w.host == socket.gethostname()]
     rows = []
     for worker in workers:
-        row = worker.model_dump(mode="json")
+        row = worker.model_dump(mode="json", exclude=None if as_json else {"cache_hits", "cache_misses"})
         row["checkpoints"] = [names.get(checkpoint, checkpoint[:12]) for checkpoint in worker.checkpoints]
         rows.append(row)
     show(rows, as_json=as_json)
