@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import statistics
+import tempfile
 import time
+from pathlib import Path
 from typing import Any
 
 import torch
-from latentfarm_shared.embeddings.files import parse_embedding
 from latentfarm_worker.operations import Encode
 from latentfarm_worker.prompts import PromptLayout
 from latentfarm_worker.renderer import Renderer, locked
@@ -33,11 +34,12 @@ def encode_ms(renderer: Renderer) -> float:
     return statistics.median(found)
 
 
-def add_ms(renderer: Renderer, number: int) -> float:
-    """Return the milliseconds until one more embedding may be used, from the bytes of its file."""
-    data = save({"emb_params": torch.randn(VECTORS, WIDTH)})
+def add_ms(renderer: Renderer, folder: Path, number: int) -> float:
+    """Return the milliseconds until one more embedding may be used, from its file, read in the sandbox."""
+    path = folder / f"bench-embedding-{number}.safetensors"
+    path.write_bytes(save({"emb_params": torch.randn(VECTORS, WIDTH)}))
     began = time.perf_counter()
-    renderer.add_embedding(parse_embedding(data, f"bench-embedding-{number}.safetensors"))
+    renderer.add_embedding(path)
     return (time.perf_counter() - began) * 1000
 
 
@@ -70,8 +72,8 @@ def diffusers_rows() -> dict[str, Any]:
 
 def measure() -> dict[str, Any]:
     """Return encoding times as ratios, and the time to add one."""
-    with Renderer("demo") as few, Renderer("demo") as many:
-        added = [add_ms(many, number) for number in range(COUNT)]
+    with Renderer("demo") as few, Renderer("demo") as many, tempfile.TemporaryDirectory() as folder:
+        added = [add_ms(many, Path(folder), number) for number in range(COUNT)]
         resident = len(locked(many.embeddings, many.record).embeddings)
         found = interleaved({"with": lambda: encode_ms(many), "without": lambda: encode_ms(few)})
     return {

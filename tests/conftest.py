@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -11,6 +13,8 @@ from typing import Any
 import pytest
 from latentfarm.embedded.local import LocalFarm
 from latentfarm_demo import CHECKPOINT
+from latentfarm_shared.embeddings.files import EmbeddingFile
+from latentfarm_shared.embeddings.sandbox import Sandbox
 from latentfarm_shared.prompts.tokens import ClipTokenizer
 from latentfarm_shared.records import BlobFile, CheckpointRecord, EmbeddingRecord
 
@@ -41,6 +45,18 @@ def clip_tokenizer() -> ClipTokenizer:
 @pytest.fixture(scope="session")
 def demo_tokenizer() -> ClipTokenizer:
     return ClipTokenizer(CHECKPOINT / "tokenizer" / "vocab.json", CHECKPOINT / "tokenizer" / "merges.txt")
+
+
+SANDBOX = Sandbox()
+
+
+def parse_embedding(data: bytes, file_name: str) -> EmbeddingFile:
+    """Read the bytes of an embedding file as the farm reads files."""
+    with tempfile.TemporaryFile() as file:
+        file.write(data)
+        file.seek(0)
+        (found,) = SANDBOX.read_open(file, file_name, hashlib.sha256(data).hexdigest())
+    return found
 
 
 def embedding(name: str, vectors: int = 2, width: int = 128, encoder: str = "clip_l") -> EmbeddingRecord:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from itertools import product
 
+from latentfarm_shared.specs import JobSpec
 from PIL import Image, ImageDraw, ImageFont
 
 MARGIN, LINE, INK, PAPER = 12, 18, (30, 30, 34), (250, 250, 248)
@@ -38,3 +40,46 @@ def _fit(draw: ImageDraw.ImageDraw, text: str, width: int, font: ImageFont.FreeT
     while text and draw.textlength(text + "…", font) > width:
         text = text[:-1]
     return text + "…"
+
+
+CELL, LABEL = 160, 18
+
+
+def axis_sheet(spec: JobSpec, pictures: Mapping[int, bytes]) -> Image.Image:
+    """Lay a sweep's PNG pictures out along its axes: columns the first, rows the others, each labelled with its value.
+
+    `pictures` are by index; those that are missing stay blank. Without axes the rows are seeds.
+    """
+    columns = [_label(spec.axes[0].field, value) for value in spec.axes[0].values] if spec.axes else [""]
+    rows = _row_labels(spec)
+    font = ImageFont.load_default(12)
+    probe = ImageDraw.Draw(Image.new("RGB", (1, 1)))
+    left = MARGIN + max(int(probe.textlength(label, font)) for label in rows) + MARGIN
+    size = left + len(columns) * (CELL + 4) + MARGIN, 2 * MARGIN + 2 * LABEL + len(rows) * (CELL + 4)
+    sheet = Image.new("RGB", size, PAPER)
+    draw = ImageDraw.Draw(sheet)
+    draw.text((MARGIN, MARGIN), _fit(draw, spec.prompt, size[0] - 2 * MARGIN, font), INK, font)
+    for column, label in enumerate(columns):
+        draw.text((left + column * (CELL + 4), MARGIN + LABEL), _fit(draw, label, CELL, font), INK, font)
+    for row, label in enumerate(rows):
+        top = MARGIN + 2 * LABEL + row * (CELL + 4)
+        draw.text((MARGIN, top + CELL // 2), label, INK, font)
+        for column in range(len(columns)):
+            png = pictures.get(column * len(rows) + row)
+            if png is not None:
+                picture = Image.open(io.BytesIO(png)).convert("RGB").resize((CELL, CELL), Image.Resampling.LANCZOS)
+                sheet.paste(picture, (left + column * (CELL + 4), top))
+    return sheet
+
+
+def _row_labels(spec: JobSpec) -> list[str]:
+    """Return a label for every image at one value of the first axis, in order of index."""
+    others = spec.axes[1:]
+    points = product(*([_label(axis.field, value) for value in axis.values] for axis in others))
+    counted = [f"seed {spec.seed + number}" for number in range(spec.count)] if spec.count > 1 or not others else [""]
+    return [", ".join(filter(None, (*point, seed))) for point in points for seed in counted]
+
+
+def _label(field: str, value: float | str) -> str:
+    shown = f"{value:g}" if isinstance(value, float | int) else value
+    return f"{field.removeprefix('strength:').removeprefix('replace:')} {shown}"[:60]

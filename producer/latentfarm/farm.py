@@ -8,20 +8,25 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from latentfarm_shared.errors import InvalidField, Unavailable
+from latentfarm_shared.embeddings.sandbox import Sandbox
+from latentfarm_shared.errors import Unavailable
+from latentfarm_shared.intake import Intake
 from latentfarm_shared.ledger import Ledger, WorkerStatus
 from latentfarm_shared.ledger.ledger import queue_name
-from latentfarm_shared.prompts.contract import settle
-from latentfarm_shared.prompts.tokens import ClipTokenizer
-from latentfarm_shared.records import CheckpointRecord, Lock
+from latentfarm_shared.library import EmbeddingLibrary, name_key
+from latentfarm_shared.prompts.contract import Contract, refuse_changing
+from latentfarm_shared.records import CheckpointRecord, EmbeddingRecord, Lock
 from latentfarm_shared.registry import Registry
 from latentfarm_shared.settings import Settings
-from latentfarm_shared.specs import EmbeddingUse, HiresFix, JobSpec, SamplingOptions, drawn_seeds
+from latentfarm_shared.specs import EmbeddingUse, HiresFix, JobSpec, Pack, SamplingOptions, drawn_seeds
 from latentfarm_shared.storage import ObjectStore
+from latentfarm_shared.vocabularies import Vocabularies
 from latentfarm_shared.wakeups import make_celery, ring
 
 from latentfarm.jobs import Job
 from latentfarm.library import Embeddings, Models
+from latentfarm.studies import PREVIEW_PROMPT, Preview, pack_spec, preview, sweep_spec
+from latentfarm.words import nearest_words
 
 MAX_RANDOM_SEED = 2**32 - 2
 
@@ -29,16 +34,21 @@ MAX_RANDOM_SEED = 2**32 - 2
 class Farm:
     """Everything a user can ask of a farm."""
 
-    def __init__(self, settings: Settings) -> None:
-        """Connect lazily to the farm the settings name."""
+    def __init__(self, settings: Settings, owner: str | None = None) -> None:
+        """Connect lazily to the farm the settings name, as `owner`, by default the settings'."""
         self.settings = settings
         self.ledger = Ledger.connect(settings)
         self.store = ObjectStore(settings)
         self.registry = Registry(self.ledger.redis, self.store)
-        self.embeddings = Embeddings(self.registry)
+        self.library = EmbeddingLibrary(self.ledger, self.store)
+        self._vocabularies = Vocabularies(self.registry, settings.cache)
+        self.owner = settings.owner if owner is None else owner
+        sandbox = Sandbox(settings.caps)
+        intake = Intake(self.library, self.registry, self._vocabularies, sandbox, self.owner)
+        self.embeddings = Embeddings(self.library, intake, settings)
         self.models = Models(self.registry)
         self._celery = make_celery(settings)
-        self._tokenizers: dict[str, ClipTokenizer] = {}
+        self._contracts: dict[str, tuple[object, Contract]] = {}
 
     @classmethod
     def from_env(cls, data: str | Path | None = None, environ: Mapping[str, str] | None = None) -> Farm:
@@ -119,17 +129,81 @@ class Farm:
             UsageError: an embedding that is missing, misspelt or does not fit; an unknown model.
         """
         checkpoint = self.registry.checkpoint(spec.model)
-        settled = settle(spec, checkpoint, self.registry.embeddings(), self._tokenizer(checkpoint))
+        settled = self._contract(checkpoint).settle(spec)
         final = JobSpec.check(settled.spec.model_dump() | drawn_seeds(spec, secrets.randbelow))
-        return final, Lock(checkpoint=checkpoint, embeddings=settled.embeddings)
+        used = {"embeddings": settled.embeddings, "dropped": settled.dropped, "owner": self.owner}
+        return final, Lock.model_validate({"checkpoint": checkpoint} | used)
+
+    def _contract(self, checkpoint: CheckpointRecord) -> Contract:
+        """Return what may be asked of a checkpoint, made anew when names changed."""
+        names = self.library.names()
+        held = self._contracts.get(checkpoint.hash)
+        if held is None or held[0] is not names:
+            held = (
+                names,
+                Contract(
+                    checkpoint,
+                    self.library.visible(self.owner),
+                    self._vocabularies.of(checkpoint),
+                    tuple(self.registry.checkpoints().values()),
+                    lambda name: self.library.find(name, self.owner),
+                ),
+            )
+            self._contracts[checkpoint.hash] = held
+        return held[1]
+
+    def _pins(self, lock: Lock) -> list[tuple[str, str]]:
+        """Return the names a job holds on to, with their contents: those it uses, and what aliases among them stand for."""
+        names = self.library.names()
+        pins: dict[str, str] = {}
+        for record in lock.embeddings:
+            key = name_key(record.owner, record.name)
+            pins |= {pin: record.content_id for pin in (key, names[key].alias_of) if pin}
+        return list(pins.items())
 
     def _send(self, spec: JobSpec, lock: Lock, job_id: str | None) -> Job:
         job_id = job_id or secrets.token_hex(8)
-        self.ledger.submit(job_id, spec, lock)
+        self.ledger.submit(job_id, spec, lock, self._pins(lock))
         queue = queue_name(spec.lane, lock.checkpoint.hash)
         with suppress(Unavailable):  # the job is written down; a sweeper rings within a second
             ring(self._celery, queue, self.ledger.ring(queue))
         return Job(self.ledger, self.store, job_id)
+
+    def pack(
+        self, prompt: str, name: str, *, vectors: int = 8, negative: bool = False, steps: int = 500, model: str = "demo",
+        size: tuple[int, int] = (128, 128), seed: int = 0, allow_word: bool = False,
+    ) -> Job:  # fmt: skip
+        """Have a worker pack a prompt into an embedding called `name`, which exists when the job has succeeded.
+
+        The job's status tells how far it is, and at the end its `quality`: the share of the way from no word to the long
+        prompt on held-out seeds. Its picture shows both. `size` is that of the pictures it learns from.
+
+        Raises:
+            UsageError: the name cannot be used, or the prompt changes while it is drawn.
+        """
+        self.embeddings.refuse_name(name, allow_word=allow_word)
+        pack = Pack(name=name, vectors=vectors, negative=negative, steps=steps, allow_word=allow_word)
+        spec = pack_spec(prompt, pack, model, size, seed)
+        refuse_changing(spec)
+        return self.submit(spec)
+
+    def preview(
+        self, name: str, *, model: str = "demo", prompt: str = PREVIEW_PROMPT, timeout_s: float | None = None
+    ) -> Preview:
+        """Render with and without an embedding at fixed seeds, keep a picture for its card, and measure its effect."""
+        return preview(self, name, model, prompt, timeout_s)
+
+    def sweep_strength(
+        self,
+        name: str,
+        strengths: Sequence[float],
+        *,
+        seeds: int = 4,
+        model: str = "demo",
+        prompt: str = PREVIEW_PROMPT,
+    ) -> Job:
+        """Submit a job that draws an embedding at several strengths and seeds; `studies.sheet_of` lays it out."""
+        return self.submit(sweep_spec(self.embeddings.show(name), model, prompt, strengths, seeds))
 
     def job(self, job_id: str) -> Job:
         """Return a job by its id or an unambiguous beginning of it.
@@ -146,6 +220,17 @@ class Farm:
         """Return the newest jobs first."""
         return [Job(self.ledger, self.store, status.id) for status in self.ledger.jobs(limit)]
 
+    def nearest_words(self, record: EmbeddingRecord, count: int = 3) -> dict[str, list[list[str]]]:
+        """Return, for each checkpoint it fits whose word vectors lie in the store, each vector's nearest words."""
+        file = self.library.tensors(record)
+        found = {}
+        for checkpoint in self.registry.checkpoints().values():
+            if record.fits(checkpoint.widths):
+                near = nearest_words(file, checkpoint, self.registry, self._vocabularies.of(checkpoint), count)
+                if near:
+                    found[checkpoint.name] = near
+        return found
+
     def workers(self) -> list[WorkerStatus]:
         """Return the workers that are alive."""
         return self.ledger.workers()
@@ -154,23 +239,3 @@ class Farm:
         """Take back what dead workers held and ring where wake-ups are missing; any process may, each second."""
         for queue, ticket in self.ledger.sweep():
             ring(self._celery, queue, [ticket])
-
-    def _tokenizer(self, checkpoint: CheckpointRecord) -> ClipTokenizer:
-        """Return a checkpoint's tokenizer, kept in the cache folder by hash."""
-        if checkpoint.hash not in self._tokenizers:
-            paths = []
-            for name in ("tokenizer/vocab.json", "tokenizer/merges.txt"):
-                file = checkpoint.file(name)
-                if file is None:
-                    raise InvalidField("model", f"{checkpoint.name!r} has no {name}")
-                path = self.settings.cache / "tokenizers" / file.sha256
-                if not path.exists():
-                    partial = path.with_name(path.name + secrets.token_hex(4))
-                    self.registry.download_blob(file.sha256, partial)
-                    partial.replace(path)
-                paths.append(path)
-            try:
-                self._tokenizers[checkpoint.hash] = ClipTokenizer(*paths)
-            except ValueError as error:
-                raise InvalidField("model", f"{checkpoint.name!r} has no usable tokenizer ({error})") from error
-        return self._tokenizers[checkpoint.hash]

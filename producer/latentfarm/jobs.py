@@ -12,8 +12,9 @@ from latentfarm_shared.errors import FarmError
 from latentfarm_shared.images import image_key
 from latentfarm_shared.infotext import format_infotext
 from latentfarm_shared.ledger import ImageState, JobStatus, Ledger
+from latentfarm_shared.prompts.mentions import AppliedEmbedding, applied_embeddings
 from latentfarm_shared.records import Lock
-from latentfarm_shared.specs import JobSpec, expand
+from latentfarm_shared.specs import ImageSpec, JobSpec, expand
 from latentfarm_shared.storage import ObjectStore
 
 POLL_S = (0.05, 0.5)
@@ -59,10 +60,20 @@ class FarmImage:
     spec: JobSpec
     lock: Lock
 
+    @cached_property
+    def image(self) -> ImageSpec:
+        """Everything that decides the picture."""
+        return expand(self.spec, self.index)
+
     @property
     def seed(self) -> int:
         """The image's own seed."""
-        return self.spec.seed + self.index
+        return self.image.seed
+
+    @property
+    def point(self) -> dict[str, float | str]:
+        """Where it lies on the job's axes."""
+        return self.spec.point(self.index // self.spec.count)
 
     @property
     def key(self) -> str:
@@ -77,12 +88,12 @@ class FarmImage:
     @property
     def parameters(self) -> str:
         """The infotext, as written into the picture."""
-        return format_infotext(expand(self.spec, self.index), self.lock)
+        return format_infotext(self.image, self.lock)
 
     @property
-    def embeddings(self) -> tuple[str, ...]:
-        """The names of the embeddings applied to it."""
-        return tuple(e.name for e in self.lock.embeddings)
+    def embeddings(self) -> list[AppliedEmbedding]:
+        """The embeddings applied to it, and in which prompts."""
+        return applied_embeddings(self.image, self.lock)
 
     @property
     def error(self) -> dict[str, str] | None:
@@ -116,7 +127,9 @@ class FarmImage:
             "seed": self.seed,
             "s3_url": self.s3_url if self.state == "succeeded" else None,
             "parameters": self.parameters,
-            "embeddings": list(self.embeddings),
+            "embeddings": [applied.row() for applied in self.embeddings],
+            **({"dropped": [d.model_dump() for d in self.lock.dropped]} if self.lock.dropped else {}),
+            **({"point": self.point} if self.spec.axes else {}),
             **({"error": self.error} if self.state == "failed" else {}),
         }
 
@@ -170,6 +183,13 @@ class Job:
             time.sleep(pause)
             pause = min(POLL_S[1], pause * 1.3)
 
+    def follow(self, on_progress: Callable[[dict[str, float | str]], None]) -> JobStatus:
+        """Wait for a job of one image that tells how far it is; `on_progress` hears its story every half second."""
+        while not (status := self.status()).is_final:
+            on_progress(status.progress or {"stage": status.state})
+            time.sleep(POLL_S[1])
+        return status
+
     def cancel(self) -> None:
         """Cancel what is not rendered yet."""
         self.ledger.cancel(self.id)
@@ -181,7 +201,7 @@ class Job:
 
     def iter_images(self, start: int = 0, stop: int | None = None) -> Iterator[FarmImage]:
         """Yield images `start` to `stop` (not included), asking for them page by page."""
-        stop = self.spec.count if stop is None else min(stop, self.spec.count)
+        stop = self.spec.total if stop is None else min(stop, self.spec.total)
         for first in range(start, stop, PAGE):
             last = min(first + PAGE, stop)
             states = self.ledger.image_states(self.id, first, last)

@@ -5,12 +5,15 @@
     │   ├── InvalidField           a value the farm does not take
     │   ├── UnknownName            an embedding, checkpoint, sampler, job … that is not there
     │   ├── EmbeddingRefused       an embedding that is there but cannot be applied
+    │   ├── EmbeddingInUse         an embedding that unfinished jobs use, so it is not removed
     │   ├── UnreadableFile         a file that is not what it should be
+    │   │   └── NotAnEmbedding     a file that is no embedding the farm takes, with a code for why
     │   ├── BadSettings            an environment variable that makes no sense
     │   └── MissingExtra           a part of latentfarm that is not installed
     ├── Unavailable                exit 3: a service does not answer or lets nobody in; a retry may help
     │   └── NoFarm                 there is no farm at this address or in this folder
     └── RenderError                exit 1: one image failed on a worker
+        ├── EmbeddingNotInLock     a combined prompt asks for an embedding that its job does not hold
         ├── EmbeddingNotApplied    the proof of application differs from the job's lock
         ├── BrokenPicture          the picture is all black or not made of numbers, in float32 too
         ├── OutOfMemory            one image alone needs more memory than the device has
@@ -87,6 +90,20 @@ class EmbeddingRefused(UsageError):
 
     def __str__(self) -> str:
         return f"embedding {self.name!r} cannot be applied: {self.reason}"
+
+
+class EmbeddingInUse(UsageError):
+    """The embedding `name` is used by `jobs` unfinished jobs."""
+
+    code = "EMBEDDING_IN_USE"
+
+    def __init__(self, name: str, jobs: int) -> None:
+        super().__init__(name, jobs)
+        self.name, self.jobs = name, jobs
+
+    def __str__(self) -> str:
+        jobs = "an unfinished job uses" if self.jobs == 1 else f"{self.jobs} unfinished jobs use"
+        return f"{jobs} embedding {self.name!r}; wait for the end, or force it: they keep what they have"
 
 
 class UnreadableFile(UsageError):
@@ -167,6 +184,15 @@ class RenderError(FarmError):
 
     def __str__(self) -> str:
         return self.reason
+
+
+class EmbeddingNotInLock(RenderError):
+    """At this point of a large sweep the prompt asks for the embedding `reason`, which the job's lock does not hold."""
+
+    code = "EMBEDDING_NOT_IN_LOCK"
+
+    def __str__(self) -> str:
+        return f"the combined prompt asks for embedding {self.reason!r}, which no single value of the sweep names"
 
 
 class EmbeddingNotApplied(RenderError):

@@ -15,6 +15,7 @@ from latentfarm_shared import __version__
 from latentfarm_shared.errors import InvalidField
 from latentfarm_shared.names import TRAITS, effective_schedule
 from latentfarm_shared.png import png_texts
+from latentfarm_shared.prompts.mentions import applied_embeddings
 from latentfarm_shared.records import Lock
 from latentfarm_shared.specs import HiresFix, ImageSpec, JobSpec, SamplingOptions
 
@@ -72,7 +73,7 @@ def quote(value: object) -> str:
 def format_infotext(image: ImageSpec, lock: Lock) -> str:
     """Describe an image so that A1111 and its readers understand it; every embedding stands once in `TI hashes`."""
     job = image.job
-    fields = _fixed_fields(image, lock) | _hires_fields(job) | _embedding_fields(job, lock) | _option_fields(job)
+    fields = _fixed_fields(image, lock) | _hires_fields(job) | _embedding_fields(image, lock) | _option_fields(job)
     fields |= _exact_prompts(job) | {"Version": f"latentfarm {__version__}"}
     line = ", ".join(f"{key}: {quote(value)}" for key, value in fields.items() if value is not None)
     return _text(job, line)
@@ -135,12 +136,16 @@ def _hires_fields(job: JobSpec) -> dict[str, Any]:
     }
 
 
-def _embedding_fields(job: JobSpec, lock: Lock) -> dict[str, Any]:
-    names = (f"{e.name.replace(':', '').replace(',', '')}: {e.ti_hash}" for e in lock.embeddings)
+def _embedding_fields(image: ImageSpec, lock: Lock) -> dict[str, Any]:
+    job = image.job
+    used = [found.record for found in applied_embeddings(image, lock)]
+    names = (f"{e.name.replace(':', '').replace(',', '')}: {e.ti_hash}" for e in used)
+    dropped = (item.name.replace(",", "") for item in lock.dropped)
     texts = "".join(text for _, text in job.prompts)
     weighed = any(c in texts for c in "([") or "BREAK" in texts
     return {
         "TI hashes": ", ".join(names) or None,
+        "Dropped embeddings": ", ".join(dropped) or None,
         "Emphasis": job.emphasis if job.emphasis != "Original" and weighed else None,
     }
 

@@ -12,6 +12,7 @@ _FAMILIES = {
     frozenset({("clip_l", 768)}): "sd1",
     frozenset({("clip_h", 1024)}): "sd2",
     frozenset({("clip_l", 768), ("clip_g", 1280)}): "sdxl",
+    frozenset({("t5", 4096)}): "t5",
 }
 
 
@@ -84,7 +85,12 @@ class CheckpointRecord(_Record):
 
 
 class EmbeddingRecord(_Record):
-    """A named embedding: the tensors by content id, the file it came from by its hash."""
+    """A named embedding: the tensors by content id, the file it came from by its hash.
+
+    `owner` is whose name it is, empty for the farm's. `kind` Negative belongs in negative prompts unless asked for
+    elsewhere. A name that is one word of a checkpoint's vocabulary is only taken for the embedding if `allow_word`.
+    One that is `disabled` or `removed` is known so that asking for it is refused, with `state_reason`.
+    """
 
     name: str
     content_id: str
@@ -93,15 +99,38 @@ class EmbeddingRecord(_Record):
     widths: dict[str, int]
     internal_name: str | None = None
     layout: str
+    owner: str = ""
+    kind: Literal["Model", "Negative"] = "Model"
+    allow_word: bool = False
+    state: Literal["active", "disabled", "removed"] = "active"
+    state_reason: str = ""
 
     @property
     def ti_hash(self) -> str:
         """First 12 hex digits of the file's sha256, as in A1111's `TI hashes`."""
         return self.file_sha256[:12]
 
+    @property
+    def family(self) -> str:
+        """The family its widths belong to: sd1, sd2, sdxl, t5 or unknown."""
+        return family_of(self.widths, "unknown")
+
+    @property
+    def version(self) -> str:
+        """What follows the name in `name@version`: the first eight digits of the content id."""
+        return self.content_id[:8]
+
     def fits(self, widths: dict[str, int]) -> bool:
         """Tell whether a checkpoint with these encoder widths can take it."""
         return self.widths == widths
+
+
+class Dropped(_Record):
+    """An embedding that a job asked for, in prompt `field`, and does without because its owner allowed it."""
+
+    name: str
+    field: str
+    reason: str
 
 
 class Lock(_Record):
@@ -109,3 +138,5 @@ class Lock(_Record):
 
     checkpoint: CheckpointRecord
     embeddings: tuple[EmbeddingRecord, ...] = ()
+    dropped: tuple[Dropped, ...] = ()
+    owner: str = ""

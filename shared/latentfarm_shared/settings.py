@@ -17,6 +17,7 @@ from urllib.parse import quote, urlsplit, urlunsplit
 import platformdirs
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
+from latentfarm_shared.embeddings.refusals import Caps
 from latentfarm_shared.errors import BadSettings, NoFarm, nearest
 
 FARM_FILE = "farm.json"
@@ -78,6 +79,16 @@ class _Environment(BaseModel):
     LATENTFARM_CHECKPOINTS_MB: int = Field(0, ge=0)
     LATENTFARM_UNPUBLISHED_MB: int = Field(256, ge=1)
     LATENTFARM_UPSCALERS: Path | None = None
+    LATENTFARM_OWNER: str = Field("", max_length=100, pattern=r"^[^/\s]*$")
+    LATENTFARM_EMBEDDINGS_DIR: Path | None = None
+    LATENTFARM_EMBEDDINGS_MB: int = Field(512, ge=1)
+    LATENTFARM_EMBEDDING_FILE_MB: int = Field(16, ge=1, le=1024)
+    LATENTFARM_EMBEDDING_VECTORS: int = Field(512, ge=1, le=10_000)
+    LATENTFARM_INTAKE_MEMORY_MB: int = Field(448, ge=256)
+    LATENTFARM_INTAKE_S: float = Field(4.0, gt=0, le=600)
+    LATENTFARM_CIVITAI_URL: str = Field("https://civitai.com", pattern=r"^https?://.+")
+    LATENTFARM_CIVITAI_TOKEN: str | None = None
+    LATENTFARM_ALLOW_PRIVATE_URLS: bool = False
     LATENTFARM_GRACE_S: float = Field(20.0, ge=0, le=3600)
     LATENTFARM_LOG_LEVEL: Literal["DEBUG", "INFO", "WARNING", "ERROR"] = "INFO"
     LATENTFARM_LOG_FORMAT: Literal["console", "json"] = "console"
@@ -125,6 +136,13 @@ class Settings(BaseModel):
     checkpoints_mb: int
     unpublished_mb: int
     upscalers: Path
+    owner: str
+    embeddings_dir: Path | None
+    embeddings_mb: int
+    caps: Caps
+    civitai_url: str
+    civitai_token: str | None = Field(repr=False)
+    allow_private_urls: bool
     grace_s: float
     log_level: str
     log_format: str
@@ -170,6 +188,13 @@ class Settings(BaseModel):
                 "checkpoints_mb": env.LATENTFARM_CHECKPOINTS_MB,
                 "unpublished_mb": env.LATENTFARM_UNPUBLISHED_MB,
                 "upscalers": env.LATENTFARM_UPSCALERS or folder / "upscalers",
+                "owner": env.LATENTFARM_OWNER,
+                "embeddings_dir": env.LATENTFARM_EMBEDDINGS_DIR,
+                "embeddings_mb": env.LATENTFARM_EMBEDDINGS_MB,
+                "caps": _caps(env),
+                "civitai_url": env.LATENTFARM_CIVITAI_URL,
+                "civitai_token": env.LATENTFARM_CIVITAI_TOKEN,
+                "allow_private_urls": env.LATENTFARM_ALLOW_PRIVATE_URLS,
                 "grace_s": env.LATENTFARM_GRACE_S,
                 "log_level": env.LATENTFARM_LOG_LEVEL,
                 "log_format": env.LATENTFARM_LOG_FORMAT,
@@ -206,6 +231,20 @@ def data_folder(given: Path | None, from_environment: Path | None = None) -> Pat
     """Return the folder of the local farm: the one given, the environment's, or the user's own."""
     folder = given or from_environment or Path(platformdirs.user_data_dir("latentfarm", appauthor=False))
     return folder.expanduser().absolute()
+
+
+def _caps(env: _Environment) -> Caps:
+    return Caps(
+        file_mb=env.LATENTFARM_EMBEDDING_FILE_MB,
+        vectors=env.LATENTFARM_EMBEDDING_VECTORS,
+        memory_mb=env.LATENTFARM_INTAKE_MEMORY_MB,
+        seconds=env.LATENTFARM_INTAKE_S,
+    )
+
+
+def environment_caps(environ: Mapping[str, str] = os.environ) -> Caps:
+    """Return how much of an embedding file is read, which needs no farm."""
+    return _caps(_read(environ))
 
 
 def environment_data(environ: Mapping[str, str] = os.environ) -> Path | None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import math
+import re
 from collections.abc import Callable
 from typing import Annotated, Any, Literal, Self
 
@@ -19,6 +21,7 @@ from latentfarm_shared.names import (
 
 MAX_SEED = 2**32 - 1
 MAX_SPEC_BYTES = 64 * 1024
+MAX_IMAGES = 1_000_000
 
 Lane = Literal["interactive", "batch"]
 Side = Literal["positive", "negative"]
@@ -28,21 +31,23 @@ ResizeEdge = Annotated[int, Field(ge=8, le=2048)]
 
 
 class EmbeddingUse(BaseModel):
-    """An embedding asked for by name, and the prompt it belongs in."""
+    """An embedding asked for by name, and the prompt it belongs in; None leaves that to its kind."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     name: str = Field(min_length=1, max_length=200)
-    side: Side = "positive"
+    side: Side | None = None
 
     @classmethod
     def parse(cls, text: str) -> Self:
-        """Read `NAME`, `NAME:neg` or `NAME:pos`."""
+        """Read `NAME`, `NAME:neg` or `NAME:pos`; NAME may be `NAME@version`."""
         name, colon, side = text.rpartition(":")
-        sides: dict[str, Side] = {"neg": "negative", "negative": "negative", "pos": "positive", "positive": "positive"}
+        sides: dict[str, Side | None] = {
+            "neg": "negative", "negative": "negative", "pos": "positive", "positive": "positive", "": None,
+        }  # fmt: skip
         if not colon:
-            name, side = text, "pos"
-        if side not in sides or not 1 <= len(name.strip()) <= 200:
+            name, side = text, ""
+        if (colon and not side) or side not in sides or not 1 <= len(name.strip()) <= 200:
             raise InvalidField("embeddings", f"{_short(text)} should be NAME, NAME:pos or NAME:neg")
         return cls(name=name.strip(), side=sides[side])
 
@@ -181,6 +186,64 @@ def _printable(value: str) -> str:
     return value
 
 
+class Axis(BaseModel):
+    """One axis of a sweep: `field` takes each of `values` in turn.
+
+    `field` is a field of the job (one of SWEPT), `replace:TEXT`, which puts the values in place of a text in the prompts
+    (A1111's Prompt S/R), or `strength:NAME`, which weighs an embedding as `(NAME:value)` does.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    field: str = Field(min_length=1, max_length=300)
+    values: tuple[float | str, ...] = Field(min_length=1, max_length=10_000)
+
+    @property
+    def is_text(self) -> bool:
+        """Whether it changes what the prompts say."""
+        return self.field in ("prompt", "negative_prompt") or self.kind in ("replace", "strength")
+
+    @property
+    def kind(self) -> str:
+        """What stands before the colon, if anything."""
+        return self.field.partition(":")[0] if ":" in self.field else ""
+
+    @property
+    def subject(self) -> str:
+        """What stands behind the colon: a text or a name."""
+        return self.field.partition(":")[2]
+
+    def applied(self, text: str, value: float | str) -> str:
+        """Return a prompt as this value changes it."""
+        if self.kind == "replace":
+            return text.replace(self.subject, str(value))
+        if self.kind == "strength" and value != 1:
+            written = re.compile(rf"(?<!\w){re.escape(self.subject)}(?!\w)", re.IGNORECASE)
+            return written.sub(lambda match: f"({match[0]}:{value:g})", text)
+        return text
+
+
+SWEPT = (
+    "prompt", "negative_prompt", "sampler", "schedule", "steps", "cfg_scale", "seed", "clip_skip", "width",
+    "height", "rng", "emphasis", "variation_strength", "variation_seed", "ensd",
+)  # fmt: skip
+
+
+class Pack(BaseModel):
+    """Instead of a picture, make an embedding called `name` that stands for the job's prompt.
+
+    `vectors` are found in `steps` steps of gradient descent; a `negative` one is for negative prompts.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    name: str = Field(min_length=1, max_length=120)
+    vectors: int = Field(8, ge=1, le=64)
+    negative: bool = False
+    steps: int = Field(500, ge=1, le=20_000)
+    allow_word: bool = False
+
+
 class JobSpec(BaseModel):
     """What a user asked for. `seed` is that of the first image; image `i` has `seed + i`, as in A1111.
 
@@ -214,6 +277,39 @@ class JobSpec(BaseModel):
     compat: tuple[Compat, ...] = ()
     count: int = Field(1, ge=1, le=1_000_000)
     lane: Lane = "interactive"
+    on_missing: Literal["fail", "warn", "drop"] = "fail"
+    axes: tuple[Axis, ...] = Field((), max_length=8)
+    pack: Pack | None = None
+
+    @property
+    def total(self) -> int:
+        """How many images the job has: `count` at every point of its axes."""
+        return self.count * math.prod(len(axis.values) for axis in self.axes)
+
+    @property
+    def text_variants(self) -> int:
+        """How many different prompts the axes make."""
+        return math.prod(len(axis.values) for axis in self.axes if axis.is_text)
+
+    def point(self, number: int) -> dict[str, float | str]:
+        """Return the values of every axis at a point, the last axis counting fastest."""
+        values: dict[str, float | str] = {}
+        for axis in reversed(self.axes):
+            number, place = divmod(number, len(axis.values))
+            values[axis.field] = axis.values[place]
+        return {axis.field: values[axis.field] for axis in self.axes}
+
+    def at(self, values: dict[str, float | str]) -> Self:
+        """Return the job of one point: no axes, and their values in place."""
+        if not self.axes:
+            return self
+        plain = {field: value for field, value in values.items() if ":" not in field}
+        job = self.model_validate(self.model_dump() | {"axes": ()} | plain)
+        for axis in self.axes:
+            if ":" in axis.field and axis.field in values:
+                value = values[axis.field]
+                job = job.with_prompts({field: axis.applied(text, value) for field, text in job.prompts})
+        return job
 
     @model_validator(mode="before")
     @classmethod
@@ -236,6 +332,45 @@ class JobSpec(BaseModel):
         if first + self.count - 1 > MAX_SEED:
             raise ValueError(f"seed + count must stay below {MAX_SEED + 1}")
         return self
+
+    @model_validator(mode="after")
+    def _pack_is_one(self) -> Self:
+        if self.pack is not None and (self.total != 1 or not self.prompt.strip() or self.hires is not None):
+            raise ValueError("packing takes one prompt, which is not empty, and makes one embedding")
+        return self
+
+    @model_validator(mode="after")
+    def _axes_make_jobs(self) -> Self:
+        fields = [axis.field for axis in self.axes]
+        if len(set(fields)) < len(fields):
+            raise ValueError("an axis stands twice")
+        for axis in self.axes:
+            if axis.kind not in ("replace", "strength") and axis.field not in SWEPT:
+                raise ValueError(
+                    f"{axis.field!r} is no axis; there are {', '.join(SWEPT)}, replace:TEXT, strength:NAME"
+                )
+            if axis.kind == "replace" and not any(axis.subject in text for text in self._texts()):
+                raise ValueError(f"{axis.subject!r} stands in none of the prompts")
+            for value in axis.values:
+                self._check_value(axis, value)
+        if not 1 <= self.total <= MAX_IMAGES:
+            raise ValueError(f"the axes make {self.total} images; {MAX_IMAGES} are possible")
+        return self
+
+    def _texts(self) -> list[str]:
+        """Return every text the prompts can be, before anything is replaced."""
+        swept = [str(value) for axis in self.axes if axis.field.endswith("prompt") for value in axis.values]
+        return [*swept, *(text for _, text in self.prompts)]
+
+    def _check_value(self, axis: Axis, value: float | str) -> None:
+        if axis.kind == "strength":
+            if not isinstance(value, float | int) or not -10 <= value <= 10:
+                raise ValueError(f"{axis.field}: {value!r} should be a number from -10 to 10")
+        elif not axis.kind:
+            try:
+                type(self).model_validate(self.model_dump() | {"axes": (), axis.field: value})
+            except ValidationError as error:
+                raise ValueError(f"{axis.field}: {error.errors()[0]['msg'].lower()}, got {_short(value)}") from error
 
     @model_validator(mode="after")
     def _hires_fits(self) -> Self:
@@ -299,7 +434,7 @@ class JobSpec(BaseModel):
 
 
 class ImageSpec(BaseModel):
-    """Image `index` of a job: a pure function of (spec, index)."""
+    """Image `index` of a job: a pure function of (spec, index). `point` is where it lies on the job's axes, if it has any."""
 
     model_config = ConfigDict(frozen=True)
 
@@ -307,6 +442,7 @@ class ImageSpec(BaseModel):
     seed: int
     variation_seed: int = 0
     job: JobSpec
+    point: dict[str, float | str] = {}
 
 
 def drawn_seeds(spec: JobSpec, draw: Callable[[int], int]) -> dict[str, int]:
@@ -321,8 +457,12 @@ def expand(spec: JobSpec, index: int) -> ImageSpec:
     Raises:
         IndexError: the job has no such image.
     """
-    if not 0 <= index < spec.count:
+    if not 0 <= index < spec.total:
         raise IndexError(index)
+    number, index_of_seed = divmod(index, spec.count)
+    if spec.axes:
+        point = spec.point(number)
+        return expand(spec.at(point), index_of_seed).model_copy(update={"index": index, "point": point})
     if spec.variation_strength:
         return ImageSpec(index=index, seed=spec.seed, variation_seed=spec.variation_seed + index, job=spec)
     return ImageSpec(index=index, seed=spec.seed + index, job=spec)

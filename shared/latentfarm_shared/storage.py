@@ -124,6 +124,14 @@ class ObjectStore:
             raise ObjectConflict(key)
         return False
 
+    def put_new(self, key: str, data: bytes, content_id: str) -> bool:
+        """Write a JSON object unless there is one at `key`; tell whether it is this one that is there."""
+        try:
+            self.put_once(key, data, "application/json", content_id)
+        except ObjectConflict:
+            return False
+        return True
+
     def content_id(self, key: str) -> str | None:
         """Return the content id an object was written with; None if there is no object."""
         try:
@@ -140,6 +148,16 @@ class ObjectStore:
         """
         with self._translated(key):
             return self._client.get_object(Bucket=self.bucket, Key=key)["Body"].read()
+
+    def get_part(self, key: str, start: int, length: int) -> bytes:
+        """Read `length` bytes of an object from `start` on.
+
+        Raises:
+            MissingObject: there is none.
+        """
+        with self._translated(key):
+            part = f"bytes={start}-{start + length - 1}"
+            return self._client.get_object(Bucket=self.bucket, Key=key, Range=part)["Body"].read()
 
     def upload(self, key: str, path: Path) -> None:
         """Write a file of any size as an object."""

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from latentfarm import Farm
 from latentfarm_demo import CHECKPOINT
-from latentfarm_shared.embeddings.files import read_embedding
+from latentfarm_shared.embeddings.sandbox import read_embedding
 from PIL import Image
 from safetensors.numpy import save_file
 

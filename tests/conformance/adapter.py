@@ -10,7 +10,7 @@ import numpy as np
 import torch
 import toy_models  # type: ignore[import-not-found]
 from latentfarm_shared.a1111 import spec_from_request
-from latentfarm_shared.embeddings.files import read_embedding
+from latentfarm_shared.embeddings.sandbox import read_embedding
 from latentfarm_shared.infotext import format_infotext
 from latentfarm_shared.names import TRAITS
 from latentfarm_shared.prompts.tokens import ClipTokenizer

@@ -10,12 +10,13 @@ import pytest
 import torch
 from latentfarm_demo import CHECKPOINT
 from latentfarm_shared.checkpoints import describe_folder
-from latentfarm_shared.embeddings.files import parse_embedding
 from latentfarm_shared.errors import EmbeddingRefused
 from latentfarm_worker import Renderer
 from latentfarm_worker.sampling.noise import ImageNoise, NoiseRecipe
 from safetensors.torch import save
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
+
+from tests.conftest import parse_embedding
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning:diffusers.*")
 

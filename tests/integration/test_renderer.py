@@ -11,7 +11,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from latentfarm_shared.errors import EmbeddingNotApplied, RenderCanceled, UnknownName
 from latentfarm_shared.names import SAMPLERS
-from latentfarm_shared.specs import JobSpec
+from latentfarm_shared.specs import JobSpec, expand
 from latentfarm_worker import Renderer
 from latentfarm_worker.injection import Injection
 from latentfarm_worker.previews import fitting, preview
@@ -59,8 +59,8 @@ def together(renderer: Renderer, specs: list[JobSpec]) -> list[Tensor]:
     futures = []
     for number, spec in enumerate(specs):
         frozen, lock = renderer.freeze(spec)
-        futures.append((renderer.submit(frozen, lock, urgent=number % 3 == 0), lock))
-    return [checked(future.result(), lock).pixels for future, lock in futures]
+        futures.append((renderer.submit(frozen, lock, urgent=number % 3 == 0), expand(frozen, 0), lock))
+    return [checked(future.result(), image, lock).pixels for future, image, lock in futures]
 
 
 @settings(max_examples=5, deadline=None, suppress_health_check=list(HealthCheck))

@@ -84,7 +84,7 @@ def render(checkpoint: Checkpoint) -> torch.Tensor:
 
 def load(servers: Farm, record: CheckpointRecord, cache: Path) -> Checkpoint:
     folder = fetch_checkpoint(record, servers.registry, cache)
-    return load_checkpoint(record, folder, EmbeddingBank(servers.registry), Runtime())
+    return load_checkpoint(record, folder, EmbeddingBank(servers.library), Runtime())
 
 
 def test_single_file_renders_as_its_folder_does(servers: Farm, single_file: Path, tmp_path: Path) -> None:

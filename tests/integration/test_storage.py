@@ -8,11 +8,12 @@ import pytest
 from latentfarm.farm import Farm
 from latentfarm_demo import CHECKPOINT
 from latentfarm_shared.checkpoints import describe_folder
-from latentfarm_shared.embeddings.files import parse_embedding
 from latentfarm_shared.errors import Unavailable, UnknownName, UnreadableFile
 from latentfarm_shared.storage import MissingObject, ObjectConflict, ObjectStore
 from latentfarm_worker.fetch import fetch_checkpoint
 from safetensors.numpy import save
+
+from tests.conftest import parse_embedding
 
 
 def test_second_write_of_the_same_content_is_no_error(servers: Farm) -> None:
@@ -58,21 +59,22 @@ def test_store_trouble_is_one_sentence(servers: Farm, change: dict[str, str], sa
 
 def test_embedding_is_found_by_name_in_any_case_and_by_the_nearest(servers: Farm) -> None:
     file = parse_embedding(save({"emb_params": np.ones((3, 128), np.float32)}), "My Style-2.safetensors")
-    record = servers.registry.add_embedding(file)
+    record = servers.library.add(file)
 
-    assert servers.registry.embedding("my style-2") == record
+    assert servers.library.find("my style-2") == record
     with pytest.raises(UnknownName, match="My Style-2"):
-        servers.registry.embedding("my stile-2")
+        servers.library.find("my stile-2")
 
 
 def test_index_is_rebuilt_from_the_store(servers: Farm) -> None:
     file = parse_embedding(save({"emb_params": np.ones((1, 128), np.float32)}), "猫.safetensors")
-    record = servers.registry.add_embedding(file)
-    servers.ledger.redis.delete("lf:embeddings", "lf:checkpoints")
+    record = servers.library.add(file)
+    servers.ledger.redis.delete("lf:names", "lf:names:number", "lf:names:changes", "lf:checkpoints")
 
     servers.registry.reindex()
+    servers.library.reindex()
 
-    assert servers.registry.embedding("猫") == record
+    assert servers.library.find("猫") == record
 
 
 def test_checkpoint_is_fetched_by_hash_and_verified(servers: Farm, tmp_path: Path) -> None:

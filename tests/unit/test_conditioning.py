@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from latentfarm_shared.embeddings.files import EmbeddingFile, parse_embedding
+from latentfarm_shared.embeddings.files import EmbeddingFile
 from latentfarm_shared.errors import EmbeddingNotApplied, RenderError
 from latentfarm_shared.prompts.chunks import Placement, chunk_prompt
 from latentfarm_shared.prompts.matching import NameMatcher
@@ -12,6 +12,8 @@ from latentfarm_worker.bank import EmbeddingBank
 from latentfarm_worker.injection import Injection, injected
 from safetensors.numpy import save
 from transformers import CLIPTextConfig, CLIPTextModel
+
+from tests.conftest import parse_embedding
 
 WIDTH = 32
 FILE = parse_embedding(save({"emb_params": torch.randn(5, WIDTH).numpy()}), "five.safetensors")
@@ -65,7 +67,7 @@ def test_vectors_enter_their_rows_and_nothing_else_changes(encoder: CLIPTextMode
     injection.prove()
 
     assert injection.entered is not None
-    assert torch.equal(injection.entered[0, 3:8], torch.from_numpy(FILE.tensors["clip_l"]))
+    assert torch.equal(injection.entered[0, 3:8], torch.from_numpy(FILE.tensors["clip_l"].copy()))
     assert torch.equal(states[1], plain[1])
     assert torch.equal(states[0, :3], plain[0, :3])
     assert not torch.allclose(states[0, 8:], plain[0, 8:])

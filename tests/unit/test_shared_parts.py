@@ -6,9 +6,9 @@ import pytest
 from latentfarm_shared import errors
 from latentfarm_shared.images import content_id, image_key
 from latentfarm_shared.infotext import format_infotext
+from latentfarm_shared.library import check_name
 from latentfarm_shared.names import effective_schedule, resolve_sampler
 from latentfarm_shared.records import Lock, family_of
-from latentfarm_shared.registry import check_name
 from latentfarm_shared.settings import FarmFile, Settings
 from latentfarm_shared.specs import JobSpec, expand
 

@@ -64,9 +64,9 @@ def test_image_follows_from_spec_and_index_alone() -> None:
 
 
 @pytest.mark.parametrize(
-    ("text", "side"), [("a-b", "positive"), ("a-b:neg", "negative"), ("gasai yuno-15200:pos", "positive")]
+    ("text", "side"), [("a-b", None), ("a-b:neg", "negative"), ("gasai yuno-15200:pos", "positive")]
 )
-def test_embedding_use_reads_its_side(text: str, side: str) -> None:
+def test_embedding_use_reads_its_side(text: str, side: str | None) -> None:
     assert EmbeddingUse.parse(text).side == side
 
 

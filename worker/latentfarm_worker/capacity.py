@@ -16,9 +16,9 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from latentfarm_worker.operations import Decode, Denoise, Encode, EncodePixels, Enlarge, Operation, group_key
+from latentfarm_worker.operations import Decode, Denoise, Encode, EncodePixels, Enlarge, Operation, Tune, group_key
 
-MAX_BATCH = {Encode: 16, Denoise: 16, Decode: 4, EncodePixels: 2, Enlarge: 4}
+MAX_BATCH = {Encode: 16, Denoise: 16, Decode: 4, EncodePixels: 2, Enlarge: 4, Tune: 1}
 """No larger batch is run even if memory allows: what takes long must not hold up other images' steps."""
 
 
@@ -122,7 +122,7 @@ class Capacity:
     def measured(self, model: str, operations: Sequence[Operation]) -> Iterator[None]:
         """Run a batch inside; if its kind was never measured and it is alone, measure it."""
         key = _key(model, operations[0])
-        if not self.measures or key in self._bytes or len(operations) > 1:
+        if isinstance(operations[0], Tune) or not self.measures or key in self._bytes or len(operations) > 1:
             yield
             return
         with peak_memory(self.device) as peak:

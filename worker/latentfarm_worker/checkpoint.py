@@ -10,9 +10,11 @@ from typing import Any, Protocol
 import torch
 from latentfarm_shared.errors import UnknownName
 from latentfarm_shared.names import LATENT_UPSCALERS, PLAIN_UPSCALERS
+from latentfarm_shared.prompts.chunks import Chunk
 from latentfarm_shared.prompts.tokens import ClipTokenizer
 from torch import Tensor, nn
 
+from latentfarm_worker.bank import VectorSource
 from latentfarm_worker.cache import ConditioningCache
 from latentfarm_worker.operations import (
     Conditioning,
@@ -151,7 +153,27 @@ class Checkpoint:
                     encoded[key].append(_EncodedChunk(states, pooled, answer.applied[i]))
         return encoded
 
+    def encode_live(self, chunks: Sequence[Chunk], bank: VectorSource) -> list[Conditioning]:
+        """Encode texts of one chunk each, uncached, in float32 and with gradients toward the vectors of `bank`."""
+        answers = [encoder.encode(chunks, 1, bank) for encoder in self._parts.encoders]
+        tokens = torch.cat([answer.states.float().to(self.device) for answer in answers], dim=-1)
+        pooled = answers[-1].pooled
+        return [Conditioning(t, None if pooled is None else pooled[i].float()) for i, t in enumerate(tokens)]
+
     # ---- UNet
+
+    def predict(self, inputs: Tensor, steps: Tensor, conditionings: Sequence[Conditioning]) -> Tensor:
+        """Return the UNet's bare answers, `[B, 4, h, w]` in float32, with gradients toward the conditionings.
+
+        `inputs: [B, 4, h, w]` are scaled as the UNet wants them, `steps: [B]` are training steps.
+        """
+        unet = self._part("unet", precise=True)
+        self._set_tiling(unet, tiling=False)
+        tokens = torch.stack([c.tokens for c in conditionings])
+        extra = self._size_conditioning(list(conditionings), inputs, torch.float32)
+        asked = inputs.to(self.device)
+        answer: Tensor = unet(asked, steps.to(self.device), tokens, added_cond_kwargs=extra, return_dict=False)[0]
+        return answer
 
     @torch.inference_mode()
     def denoise(self, batch: Sequence[Denoise]) -> list[Tensor]:

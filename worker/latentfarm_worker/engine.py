@@ -20,7 +20,7 @@ from latentfarm_shared.errors import DeadlineExceeded, OutOfMemory, RenderCancel
 
 from latentfarm_worker.capacity import Capacity
 from latentfarm_worker.checkpoint import Model
-from latentfarm_worker.operations import Decode, Denoise, Encode, EncodePixels, Enlarge, Operation, group_key
+from latentfarm_worker.operations import Decode, Denoise, Encode, EncodePixels, Enlarge, Operation, Tune, group_key
 from latentfarm_worker.renders import Render, Rendered
 
 Policy = Literal["park", "share"]
@@ -30,6 +30,7 @@ PHASE = {
     Decode: "decoding",
     EncodePixels: "decoding",
     Enlarge: "upscaling",
+    Tune: "tuning",
 }
 PARK_LIMIT_S = 30.0
 
@@ -299,6 +300,10 @@ class Engine:
         flight.ticket.future.set_exception(error)
 
 
+def _tune(batch: Sequence[Tune]) -> list[object]:
+    return [item.work() for item in batch]
+
+
 def _perform(model: Model, operations: list[Any]) -> Sequence[object]:
     """Have a model perform operations of one kind."""
     methods: dict[type[Operation], Callable[[list[Any]], Sequence[object]]] = {
@@ -307,5 +312,6 @@ def _perform(model: Model, operations: list[Any]) -> Sequence[object]:
         Decode: model.decode,
         EncodePixels: model.encode_pixels,
         Enlarge: model.enlarge,
+        Tune: _tune,
     }
     return methods[type(operations[0])](operations)

@@ -16,7 +16,7 @@ from latentfarm_shared.errors import EmbeddingNotApplied
 from latentfarm_shared.prompts.chunks import Placement
 from torch import Tensor, nn
 
-from latentfarm_worker.bank import EmbeddingBank
+from latentfarm_worker.bank import VectorSource
 
 
 @dataclass
@@ -24,7 +24,7 @@ class Injection:
     """What is to be written in each row of a batch, and what entered the encoder (`[B, 77, width]`)."""
 
     placements: Sequence[tuple[Placement, ...]]
-    bank: EmbeddingBank
+    bank: VectorSource
     encoder: str
     entered: Tensor | None = None
 

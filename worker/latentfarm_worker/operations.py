@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from latentfarm_shared.names import EmphasisMode
@@ -106,7 +107,14 @@ class Enlarge:
     upscaler: str
 
 
-Operation = Encode | Denoise | Decode | EncodePixels | Enlarge
+@dataclass(frozen=True, eq=False)
+class Tune:
+    """Do one short piece of work on the checkpoint, such as a step of training; answered with what it returns."""
+
+    work: Callable[[], object]
+
+
+Operation = Encode | Denoise | Decode | EncodePixels | Enlarge | Tune
 
 
 def group_key(operation: Operation) -> tuple[object, ...]:
@@ -122,3 +130,5 @@ def group_key(operation: Operation) -> tuple[object, ...]:
             return "encode pixels", tuple(operation.pixels.shape), operation.tiling, operation.precise
         case Enlarge():
             return "enlarge", tuple(operation.tile.shape), operation.upscaler
+        case Tune():
+            return "tune", id(operation)

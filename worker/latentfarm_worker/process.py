@@ -26,10 +26,12 @@ from latentfarm_shared.settings import Settings
 from latentfarm_shared.storage import ObjectStore
 from latentfarm_shared.wakeups import TASK, celery_queue, make_celery, ring
 
+from latentfarm_worker.folder import FolderWatch
 from latentfarm_worker.vitals import RESERVE, Vitals
 from latentfarm_worker.worker import Worker
 
 LOOK_EVERY_S = 2.0
+LOOK_AT_FOLDER_S = 1.0
 SWEEP_EVERY_S = 1.0
 RETRY_LOAD_S = 30.0
 PR_SET_PDEATHSIG = 1
@@ -116,6 +118,17 @@ class WorkerProcess:
         log.info("worker ready", worker=self._name)
         threading.Thread(target=self._every, args=(SWEEP_EVERY_S, self._sweep), name="sweeper", daemon=True).start()
         threading.Thread(target=self._every, args=(LOOK_EVERY_S, self._look), name="look", daemon=True).start()
+        self._follow_embeddings()
+
+    def _follow_embeddings(self) -> None:
+        """Keep up with the library, and with the watched folder if there is one."""
+        follow = self._worker.residents.follow
+        threading.Thread(target=self._every, args=(0, follow), name="embeddings", daemon=True).start()
+        if self._settings.embeddings_dir is not None:
+            watch = FolderWatch(self._settings.embeddings_dir, self._worker.intake())
+            threading.Thread(
+                target=self._every, args=(LOOK_AT_FOLDER_S, watch.look), name="folder", daemon=True
+            ).start()
 
     @staticmethod
     def _every(seconds: float, action: Callable[[], None]) -> None:
@@ -126,8 +139,10 @@ class WorkerProcess:
                 action()
             except FarmError as error:
                 log.warning("will try again", error=str(error))
+                time.sleep(1)
             except Exception:  # noqa: BLE001 - a background thread must not end in silence
                 log.exception("will try again")
+                time.sleep(1)
 
     def _sweep(self) -> None:
         for queue, ticket in self._ledger.sweep():
@@ -168,6 +183,16 @@ class WorkerProcess:
         os._exit(0)
 
 
+def check_folder(folder: Path | None) -> None:
+    """Make sure the folder to watch is there.
+
+    Raises:
+        InvalidField: it is not.
+    """
+    if folder is not None and not folder.is_dir():
+        raise InvalidField("embeddings-dir", f"{folder} is no folder")
+
+
 def check_device(device: str) -> None:
     """Make sure the device is there.
 
@@ -197,6 +222,7 @@ def main(make_worker: Callable[[str, Settings, Ledger, ObjectStore, Vitals], Wor
         vitals = Vitals(arguments.vitals)
         models = frozenset(filter(None, arguments.models.lower().split(",")))
         check_device(settings.device)
+        check_folder(settings.embeddings_dir)
         WorkerProcess(settings, arguments.name, vitals, models, make_worker).run()
     except FarmError as error:
         log.error("worker cannot start", error=str(error))

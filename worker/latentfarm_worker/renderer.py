@@ -10,7 +10,8 @@ from types import TracebackType
 from typing import Any, Self
 
 from latentfarm_shared.checkpoints import describe_folder
-from latentfarm_shared.embeddings.files import EmbeddingFile, read_embedding
+from latentfarm_shared.embeddings.files import EmbeddingFile
+from latentfarm_shared.embeddings.sandbox import Sandbox
 from latentfarm_shared.errors import MissingExtra
 from latentfarm_shared.prompts.contract import settle
 from latentfarm_shared.records import CheckpointRecord, EmbeddingRecord, Lock
@@ -66,7 +67,7 @@ class Renderer:
             UnreadableFile: the folder is no checkpoint.
             MissingExtra: the demo checkpoint is not installed.
         """
-        self._shelf = shelf or EmbeddingShelf()
+        self._shelf, self._sandbox = shelf or EmbeddingShelf(), Sandbox()
         self._embeddings: dict[str, EmbeddingRecord] = {}
         if isinstance(model, Checkpoint):
             if record is None:
@@ -95,6 +96,7 @@ class Renderer:
     def close(self) -> None:
         """Stop the engine; what is in flight is canceled."""
         self.engine.stop()
+        self._sandbox.close()
 
     def add_embedding(self, source: Path | EmbeddingFile, name: str | None = None) -> EmbeddingRecord:
         """Make an embedding usable by name.
@@ -102,7 +104,7 @@ class Renderer:
         Raises:
             UnreadableFile: it is none.
         """
-        file = source if isinstance(source, EmbeddingFile) else read_embedding(source)
+        file = source if isinstance(source, EmbeddingFile) else self._sandbox.read_one(source)
         record = self._shelf.put(file, name)
         self.know(record)
         return record
@@ -150,8 +152,9 @@ class Renderer:
             RenderError: an image failed.
         """
         spec, lock = self.freeze(self.spec(prompt, **parameters))
-        futures = [self.submit(spec, lock, index) for index in range(spec.count)]
-        return [checked(future.result(), lock).pixels for future in futures]
+        futures = [self.submit(spec, lock, index) for index in range(spec.total)]
+        images = [expand(spec, index) for index in range(spec.total)]
+        return [checked(future.result(), image, lock).pixels for future, image in zip(futures, images, strict=True)]
 
 
 def demo_folder() -> Path:

@@ -55,6 +55,7 @@ class Progress:
     step: int = 0
     steps: int = 0
     latent: Tensor | None = None
+    score: float | None = None
 
     def begin(self, stage: str, steps: int) -> None:
         """Enter a stage of so many model calls."""

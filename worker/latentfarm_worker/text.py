@@ -13,7 +13,7 @@ import torch
 from latentfarm_shared.prompts.chunks import Chunk
 from torch import Tensor
 
-from latentfarm_worker.bank import EmbeddingBank
+from latentfarm_worker.bank import EmbeddingBank, VectorSource
 from latentfarm_worker.injection import Injection, injected
 
 
@@ -51,15 +51,20 @@ class TextEncoder:
         self._core = getattr(module, "text_model", module)
         self._projection = getattr(module, "text_projection", None)
 
-    def encode(self, chunks: Sequence[Chunk], clip_skip: int) -> Encoded:
-        """Encode chunks in one call and look up which embeddings went in.
+    def token_table(self) -> Tensor:
+        """Return the input embeddings of the vocabulary, `[tokens, width]`."""
+        table: Tensor = self._core.get_input_embeddings().weight
+        return table
+
+    def encode(self, chunks: Sequence[Chunk], clip_skip: int, bank: VectorSource | None = None) -> Encoded:
+        """Encode chunks in one call and look up which embeddings went in; their vectors are those of another `bank` if given.
 
         Raises:
             EmbeddingNotApplied: the vectors of an embedding are not in the rows they belong in.
         """
         device = self._core.final_layer_norm.weight.device
         ids = torch.tensor([self._ids(chunk) for chunk in chunks], device=device)
-        injection = Injection([chunk.placements for chunk in chunks], self._bank, self.name)
+        injection = Injection([chunk.placements for chunk in chunks], bank or self._bank, self.name)
         skip = self._traits.layer or clip_skip
         with injected(self._core.get_input_embeddings(), injection):
             output = self._core(input_ids=ids, output_hidden_states=skip > 1 or not self._traits.final_norm)

@@ -12,7 +12,7 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-PHASES = ("importing", "loading", "idle", "encoding", "denoising", "decoding", "upscaling")
+PHASES = ("importing", "loading", "idle", "encoding", "denoising", "decoding", "upscaling", "tuning")
 STALL_LIMIT_S = {
     "importing": 180.0,
     "loading": 900.0,
@@ -21,6 +21,7 @@ STALL_LIMIT_S = {
     "denoising": 120.0,
     "decoding": 300.0,
     "upscaling": 300.0,
+    "tuning": 300.0,
 }
 RESERVE = 2  # images of the interactive lane a worker takes beside its slots
 _LAYOUT = struct.Struct("<BxxxIIIIIQ")

@@ -10,18 +10,22 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import AbstractContextManager, ExitStack, suppress
 from typing import TypeVar
 
-from latentfarm_shared.errors import FarmError, RenderCanceled, RenderError, Unavailable
+from latentfarm_shared.embeddings.sandbox import Sandbox
+from latentfarm_shared.errors import EmbeddingNotInLock, FarmError, RenderCanceled, RenderError, Unavailable
 from latentfarm_shared.images import content_id, image_key
 from latentfarm_shared.infotext import format_infotext
+from latentfarm_shared.intake import Intake
 from latentfarm_shared.ledger import Claim, Ledger
 from latentfarm_shared.ledger.ledger import LANES, queue_name
+from latentfarm_shared.library import EmbeddingLibrary
 from latentfarm_shared.logs import log
+from latentfarm_shared.prompts.contract import MAX_CHECKED, Contract, combination_misses
 from latentfarm_shared.records import CheckpointRecord
 from latentfarm_shared.registry import Registry
 from latentfarm_shared.settings import Settings
 from latentfarm_shared.specs import ImageSpec, Lane, expand
 from latentfarm_shared.storage import ObjectStore
-from torch import Tensor
+from latentfarm_shared.vocabularies import Vocabularies
 
 from latentfarm_worker.bank import EmbeddingBank
 from latentfarm_worker.capacity import Capacity
@@ -30,15 +34,19 @@ from latentfarm_worker.engine import Engine
 from latentfarm_worker.fetch import fetch_checkpoint
 from latentfarm_worker.loading import load_checkpoint
 from latentfarm_worker.memory import checkpoint_budget, engine_budget
+from latentfarm_worker.packing import Packed, pack_prompt
+from latentfarm_worker.packs import PackKeeper
 from latentfarm_worker.png import encode_png
 from latentfarm_worker.proof import checked
-from latentfarm_worker.renders import Rendered, RenderRequest, txt2img
+from latentfarm_worker.renders import Progress, Render, Rendered, RenderRequest, txt2img
+from latentfarm_worker.residents import Residents
 from latentfarm_worker.room import Room
 from latentfarm_worker.runtime import Runtime
 from latentfarm_worker.shelf import Shelf
 from latentfarm_worker.vitals import RESERVE, Vitals
 
 PUBLISHERS = 4
+TELL_EVERY_S = 1.0
 PATIENCE_S = (0.2, 0.5, 1.0, 2.0, 4.0, 8.0, 8.0, 8.0, 8.0)
 
 T = TypeVar("T")
@@ -59,6 +67,11 @@ def patiently(action: Callable[[], T]) -> T:
     return action()
 
 
+def _story(progress: Progress) -> dict[str, float | str]:
+    score = {} if progress.score is None else {"left_open": round(progress.score, 4)}
+    return {"stage": progress.stage, "step": progress.step, "steps": progress.steps, **score}
+
+
 def _end_process(error: BaseException) -> None:
     """End a process whose device can run nothing any more; its leases run out and its images run elsewhere."""
     log.error("the device is lost", error=repr(error))
@@ -72,7 +85,10 @@ class Worker:
         """Hold nothing yet; `start` lets it render."""
         self.name, self._settings, self._ledger, self._store, self._vitals = name, settings, ledger, store, vitals
         self.registry = Registry(ledger.redis, store)
-        self.bank = EmbeddingBank(self.registry)
+        self.library = EmbeddingLibrary(ledger, store)
+        self.bank = EmbeddingBank(self.library, settings.embeddings_mb * 2**20)
+        self._vocabularies = Vocabularies(self.registry, settings.cache)
+        self.residents = Residents(self.bank, self.library, ledger, name)
         self._runtime = Runtime.from_settings(settings)
         self._served: dict[str, CheckpointRecord] = {}
         self._shelf = Shelf(checkpoint_budget(settings))
@@ -80,6 +96,8 @@ class Worker:
         self._reserve = threading.Semaphore(RESERVE)
         self._unpublished = Room(settings.unpublished_mb * 2**20)
         self._claims: dict[str, tuple[Claim, Future[Rendered]]] = {}
+        self._progress: dict[str, Progress] = {}
+        self._packs = PackKeeper(self.library)
         self._strange: set[str] = set()
         self._canceled: set[str] = set()
         self._guard = threading.Lock()
@@ -101,9 +119,7 @@ class Worker:
         """Load a checkpoint and every embedding that fits it; return the names of its queues, by urgency."""
         with self._checkpoint(record):
             self._served[record.hash] = record
-        for embedding in self.registry.embeddings().values():
-            if embedding.fits(record.widths):
-                self.bank.hold(embedding)
+        self.residents.preload(served.widths for served in self._served.values())
         self._vitals.note(self._settings.slots, self._shelf.loads, len(self.bank))
         log.info("checkpoint ready", checkpoint=record.name, embeddings=len(self.bank), worker=self.name)
         return [queue_name(lane, record.hash) for lane in LANES]
@@ -125,6 +141,10 @@ class Worker:
     def advertise(self) -> None:
         """Tell the farm which checkpoints are ready and consumed."""
         self._vitals.advertise(sorted(self._served))
+
+    def intake(self) -> Intake:
+        """Return the way in for embeddings that are found on this machine; they get the farm's names."""
+        return Intake(self.library, self.registry, self._vocabularies, Sandbox(self._settings.caps))
 
     # ---- work
 
@@ -170,11 +190,11 @@ class Worker:
         try:
             image = expand(claim.spec, claim.index)
             checkpoint = held.enter_context(self._checkpoint(claim.lock.checkpoint))
-            for embedding in claim.lock.embeddings:
-                patiently(lambda record=embedding: self.bank.hold(record))  # type: ignore[misc]
-            request = RenderRequest.build(image, claim.lock, checkpoint.tokenizer)
-            urgent = claim.spec.lane == "interactive"
-            future = self._engine.submit(txt2img(request, checkpoint), checkpoint, urgent=urgent)
+            patiently(lambda: held.enter_context(self.bank.using(claim.lock.embeddings)))
+            self._refuse_combination(claim, image, checkpoint)
+            render = self._render_of(claim, image, checkpoint)
+            urgent = claim.spec.lane == "interactive" and claim.spec.pack is None
+            future = self._engine.submit(render, checkpoint, urgent=urgent)
         except Exception as error:  # noqa: BLE001 - whatever is wrong with one image belongs to its future
             future = Future()
             future.set_exception(error)
@@ -185,34 +205,75 @@ class Worker:
             self._engine.cancel(future)
         return future
 
+    def _render_of(self, claim: Claim, image: ImageSpec, checkpoint: Checkpoint) -> Render:
+        """Return the render of an image, or the packing of a prompt, whose progress is told now and then."""
+        pack = claim.spec.pack
+        if pack is None:
+            return txt2img(RenderRequest.build(image, claim.lock, checkpoint.tokenizer), checkpoint)
+        progress = self._progress[claim.member] = Progress()
+        return pack_prompt(image.job, pack, claim.lock, checkpoint, progress)
+
+    def _refuse_combination(self, claim: Claim, image: ImageSpec, checkpoint: Checkpoint) -> None:
+        """Check what submission left open: what the combined texts of a large sweep ask for.
+
+        Raises:
+            EmbeddingNotInLock: an embedding that the job does not hold.
+        """
+        if claim.spec.text_variants > MAX_CHECKED:
+            known = self.library.visible(claim.lock.owner)
+            contract = Contract(claim.lock.checkpoint, known, checkpoint.tokenizer)
+            missing = combination_misses(image, claim.lock, contract)
+            if missing:
+                raise EmbeddingNotInLock(missing[0])
+
     def _finish(self, claim: Claim, future: Future[Rendered]) -> None:
         """Wait for the picture, compare what entered the encoder with the lock, and hand the picture to a publisher."""
         try:
-            rendered = checked(future.result(), claim.lock)
+            rendered = checked(self._result(claim, future), expand(claim.spec, claim.index), claim.lock)
         except (RenderCanceled, Unavailable) as error:
             self._settle(claim, "image handed back", lambda: self._ledger.release(claim, self.name), str(error))
         except Exception as error:  # noqa: BLE001 - one image's failure must not stop the others
             self._fail(claim, error)
         else:
             self._unpublished.take(rendered.pixels.nbytes)
-            self._publishers.submit(self._publish, claim, rendered.pixels)
+            self._publishers.submit(self._publish, claim, rendered)
 
-    def _publish(self, claim: Claim, pixels: Tensor) -> None:
+    def _result(self, claim: Claim, future: Future[Rendered]) -> Rendered:
+        """Wait for a render; of one that is followed, tell every second how far it is."""
+        progress = self._progress.pop(claim.member, None)
+        while progress is not None and not future.done():
+            with suppress(TimeoutError):
+                return future.result(TELL_EVERY_S)
+            with suppress(Unavailable):
+                self._ledger.progress(claim, _story(progress))
+        return future.result()
+
+    def _publish(self, claim: Claim, rendered: Rendered) -> None:
         """Write the picture where (job, index) decides, then tell the ledger; hand it back if nobody listens."""
         try:
             image = expand(claim.spec, claim.index)
-            patiently(lambda: self._put(claim, image, pixels))
+            patiently(lambda: self._put(claim, image, rendered))
             self._settle(claim, "image published", lambda: self._ledger.succeed(claim, self.name))
         except Unavailable as error:
             self._settle(claim, "image handed back", lambda: self._ledger.release(claim, self.name), str(error))
         except Exception as error:  # noqa: BLE001 - one image's failure must not stop the others
             self._fail(claim, error)
         finally:
-            self._unpublished.give(pixels.nbytes)
+            self._unpublished.give(rendered.pixels.nbytes)
 
-    def _put(self, claim: Claim, image: ImageSpec, pixels: Tensor) -> None:
-        png = encode_png(pixels, format_infotext(image, claim.lock))
+    def _put(self, claim: Claim, image: ImageSpec, rendered: Rendered) -> None:
+        if isinstance(rendered, Packed):
+            self._keep_packed(claim, rendered)
+        png = encode_png(rendered.pixels, format_infotext(image, claim.lock))
         self._store.put_once(image_key(claim.job, claim.index), png, "image/png", content_id(image, claim.lock))
+
+    def _keep_packed(self, claim: Claim, packed: Packed) -> None:
+        """Put a packed prompt into the library, in the name of the job's owner, and say how good it is."""
+        if claim.spec.pack is None:
+            raise RenderError("nobody asked for a packed prompt")
+        record = self._packs.keep(claim.spec, claim.spec.pack, claim.lock.owner, packed, claim.job)
+        story: dict[str, float | str] = {"stage": "done", "name": record.name, "version": record.version}
+        self._ledger.progress(claim, story | {"quality": round(packed.quality, 4)})
 
     def _fail(self, claim: Claim, error: Exception) -> None:
         code = error.code if isinstance(error, FarmError) else RenderError.code

@@ -90,7 +90,7 @@ def generate(  # noqa: PLR0917 - typer turns each into an option
     if sampler is not None and resolve_sampler(sampler)[1]:
         values.pop("schedule", None)  # a legacy name brings its own
     values |= {name: value for name, value in given.items() if value is not None}
-    values |= _size(size) if size else {}
+    values |= read_size(size) if size else {}
     values |= _variation(variation) if variation else {}
     chosen = {name: value for name, value in second.items() if value is not None}
     if chosen and hires is None and not values.get("hires"):
@@ -282,7 +282,8 @@ def list_workers(
         raise typer.Exit(1)
 
 
-def _size(text: str) -> dict[str, int]:
+def read_size(text: str) -> dict[str, int]:
+    """Read WIDTHxHEIGHT."""
     from latentfarm_shared.errors import InvalidField  # noqa: PLC0415
 
     width, cross, height = text.lower().partition("x")

@@ -84,6 +84,10 @@ def worker(
     ] = "",
     device: Annotated[str | None, typer.Option(help="cpu, cuda, cuda:N or mps.", show_default=False)] = None,
     slots: Annotated[int | None, typer.Option(min=1, max=256, help="Images in flight.", show_default=False)] = None,
+    embeddings_dir: Annotated[
+        Path | None,
+        typer.Option("--embeddings-dir", help="Folder like A1111's to watch for embeddings.", show_default=False),
+    ] = None,
     data: Data = None,
 ) -> None:
     """Run one worker until SIGTERM or Ctrl-C; a second signal hurries. It restarts itself when its device dies.
@@ -91,6 +95,8 @@ def worker(
     Example:
 
         latentfarm worker --device cuda:0 --models demo
+
+        latentfarm worker --embeddings-dir ~/stable-diffusion-webui/embeddings
     """
     from latentfarm_shared.errors import MissingExtra  # noqa: PLC0415
 
@@ -98,7 +104,12 @@ def worker(
         raise MissingExtra("worker", "a worker")
     command = [sys.executable, "-m", "latentfarm_worker", "--models", models]
     command += ["--data", str(data)] if data else []
-    chosen = {"LATENTFARM_DEVICE": device, "LATENTFARM_SLOTS": str(slots) if slots else None}
+    folder = str(embeddings_dir.absolute()) if embeddings_dir else None
+    chosen = {
+        "LATENTFARM_EMBEDDINGS_DIR": folder,
+        "LATENTFARM_DEVICE": device,
+        "LATENTFARM_SLOTS": str(slots) if slots else None,
+    }
     os.execve(sys.executable, command, os.environ | {k: v for k, v in chosen.items() if v})
 
 

@@ -11,7 +11,7 @@ import typer
 from latentfarm_shared import __version__
 from latentfarm_shared.errors import FarmError
 
-from latentfarm.cli import jobs, library, local
+from latentfarm.cli import embeddings, jobs, local, models
 
 app = typer.Typer(
     name="latentfarm",
@@ -29,8 +29,8 @@ app.command()(jobs.params)
 app.command()(local.worker)
 app.command()(local.serve)
 app.add_typer(jobs.app, name="jobs", help="List, watch and download jobs.")
-app.add_typer(library.embeddings_app, name="embeddings", help="Add and list embeddings.")
-app.add_typer(library.models_app, name="models", help="Add and list checkpoints.")
+app.add_typer(embeddings.app, name="embeddings", help="Inspect, add, name, compare and make embeddings.")
+app.add_typer(models.app, name="models", help="Add and list checkpoints.")
 app.add_typer(jobs.workers_app, name="workers", help="List the workers that are alive.")
 
 

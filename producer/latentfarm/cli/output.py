@@ -85,4 +85,6 @@ def describe(status: JobStatus) -> dict[str, Any]:
         "model": status.model,
         "prompt": status.prompt,
         "created": status.created,
+        **({"progress": status.progress} if status.progress else {}),
+        **({"dropped": [item.model_dump() for item in status.dropped]} if status.dropped else {}),
     }

@@ -103,6 +103,7 @@ class LocalFarm:
         self._servers.append(start_s3(self.data, farm, settings))
         self.farm = Farm(settings)
         self.farm.registry.reindex()
+        self.farm.library.reindex()
 
     @staticmethod
     def _own_environment() -> dict[str, str]:

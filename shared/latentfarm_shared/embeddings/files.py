@@ -1,46 +1,41 @@
-"""Read an embedding file of any known layout, by content; normalise; name it by its tensors.
-
-Layouts and their names follow A1111 v1.10.1 and the trainers that write them (kohya, diffusers, SDXL).
-"""
+"""An embedding as it was read from a file: normalised tensors, named by their content, and the hashes others know."""
 
 from __future__ import annotations
 
 import hashlib
-import json
-from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
+from dataclasses import dataclass, replace
+from pathlib import PurePath
 
 import numpy as np
 from safetensors.numpy import load as load_safetensors
 from safetensors.numpy import save as save_safetensors
 
-from latentfarm_shared.embeddings.pickles import (
-    MAX_FILE_BYTES,
-    Array,
-    RefusedPickle,
-    read_torch_zip,
-    widen_bfloat16,
-)
-from latentfarm_shared.embeddings.pictures import read_picture
-from latentfarm_shared.errors import UnreadableFile
-from latentfarm_shared.png import SIGNATURE
-from latentfarm_shared.records import EmbeddingRecord
-
-MAX_VECTORS = 512
-_ENCODER_OF_WIDTH = {1024: "clip_h", 1280: "clip_g", 4096: "t5"}
-_NAMED = ("clip_l", "clip_g", "t5")
+from latentfarm_shared.embeddings.layouts import Found
+from latentfarm_shared.embeddings.pickles import Array
+from latentfarm_shared.records import EmbeddingRecord, family_of
 
 
 @dataclass(frozen=True)
 class EmbeddingFile:
-    """What a file holds: `tensors` by encoder, each `[vectors, width]` float32."""
+    """What a file holds: `tensors` by encoder, each `[vectors, width]` float32.
+
+    `stem` is the name A1111 users know it by: the file's, or the one it was bundled under.
+    """
 
     stem: str
     layout: str
     internal_name: str | None
     file_sha256: str
     tensors: dict[str, Array]
+    file_name: str = ""
+    needs_name: bool = False
+
+    @classmethod
+    def of(cls, found: Found, file_name: str, file_sha256: str) -> EmbeddingFile:
+        """Combine what was found in a file with the file's own name and hash."""
+        stem = found.internal_name if found.own_name and found.internal_name else PurePath(file_name).stem
+        tensors = {key: np.ascontiguousarray(tensor, np.float32) for key, tensor in sorted(found.tensors.items())}
+        return cls(stem, found.layout, found.internal_name, file_sha256, tensors, file_name, found.needs_name)
 
     @property
     def widths(self) -> dict[str, int]:
@@ -53,6 +48,11 @@ class EmbeddingFile:
         return int(next(iter(self.tensors.values())).shape[0])
 
     @property
+    def family(self) -> str:
+        """The family its widths belong to: sd1, sd2, sdxl, t5 or unknown."""
+        return family_of(self.widths, "unknown")
+
+    @property
     def content_id(self) -> str:
         """sha256 of the normalised tensors: the same in every container."""
         digest = hashlib.sha256()
@@ -61,9 +61,23 @@ class EmbeddingFile:
             digest.update(np.ascontiguousarray(tensor, "<f4").tobytes())
         return digest.hexdigest()
 
+    @property
+    def legacy_checksum(self) -> str | None:
+        """The four digits A1111 wrote as `Used embeddings: name [xxxx]`; None for several encoders."""
+        if len(self.tensors) != 1:
+            return None
+        state = 0
+        for value in np.trunc(next(iter(self.tensors.values())) * np.float32(100)).ravel().tolist():
+            state = (state * 281 ^ int(value) * 997) & 0xFFFFFFFF
+        return f"{state & 0xFFFF:04x}"
+
     def normalised(self) -> bytes:
         """Return the farm's own safetensors: float32, keys by encoder."""
         return save_safetensors(dict(sorted(self.tensors.items())))
+
+    def named(self, stem: str) -> EmbeddingFile:
+        """Return the same under another name, which it then has."""
+        return replace(self, stem=stem, needs_name=False)
 
     def record(self, name: str | None = None) -> EmbeddingRecord:
         """Describe the file under `name`, by default its stem as in A1111."""
@@ -78,127 +92,7 @@ class EmbeddingFile:
         )
 
 
-def read_embedding(path: Path) -> EmbeddingFile:
-    """Read an embedding file.
-
-    Raises:
-        UnreadableFile: the file cannot be opened, or is no embedding; says what it is.
-    """
-    try:
-        data = path.read_bytes()
-    except OSError as error:
-        raise UnreadableFile(str(path), f"cannot be opened ({error.strerror})") from error
-    return parse_embedding(data, path.name)
-
-
-def parse_embedding(data: bytes, file_name: str) -> EmbeddingFile:
-    """Read the bytes of an embedding file; `file_name` gives the name and appears in errors.
-
-    Raises:
-        UnreadableFile: not an embedding; says what it is.
-    """
-    try:
-        content = _read_container(data)
-        layout, internal, tensors = _read_layout(content)
-        checked = {encoder: _check(tensor) for encoder, tensor in tensors.items()}
-        if len({tensor.shape[0] for tensor in checked.values()}) > 1:
-            raise RefusedPickle("its encoders have different numbers of vectors")
-    except RefusedPickle as error:
-        raise UnreadableFile(file_name, str(error)) from error
-    digest = hashlib.sha256(data).hexdigest()
-    return EmbeddingFile(Path(file_name).stem, layout, internal, digest, checked)
-
-
-def _read_container(data: bytes) -> Any:
-    if not data:
-        raise RefusedPickle("the file is empty")
-    if len(data) > MAX_FILE_BYTES:
-        raise RefusedPickle(f"larger than {MAX_FILE_BYTES} bytes, so no embedding")
-    start = data[:64].lstrip()
-    for prefix, what in (
-        (b"version https://git-lfs", "a Git LFS pointer, not the file itself"),
-        (b"<", "a web page saved in place of the file"),
-        (b"{", "JSON, probably an error message saved in place of the file"),
-        (b"\xff\xd8", "a picture"),
-    ):
-        if start.startswith(prefix):
-            raise RefusedPickle(what)
-    if data.startswith(SIGNATURE):
-        return read_picture(data)
-    if data[:2] == b"PK":
-        return read_torch_zip(data)
-    return _read_safetensors(data)
-
-
-def _read_safetensors(data: bytes) -> dict[str, Array]:
-    try:
-        length = int.from_bytes(data[:8], "little")
-        header = json.loads(data[8 : 8 + length]) if 0 < length <= len(data) - 8 else None
-        if not isinstance(header, dict):
-            raise RefusedPickle("neither a safetensors file nor a PyTorch zip file")
-        if any(isinstance(e, dict) and e.get("dtype") == "BF16" for e in header.values()):
-            return _read_bfloat16(data[8 + length :], header)
-        return {key: np.asarray(value, dtype=np.float32) for key, value in load_safetensors(data).items()}
-    except RefusedPickle:
-        raise
-    except Exception as error:
-        raise RefusedPickle(f"a damaged safetensors file ({type(error).__name__})") from error
-
-
-def _read_bfloat16(body: bytes, header: dict[str, Any]) -> dict[str, Array]:
-    tensors = {}
-    for key, entry in header.items():
-        if key == "__metadata__":
-            continue
-        begin, end = entry["data_offsets"]
-        if entry["dtype"] != "BF16" or not 0 <= begin <= end <= len(body):
-            raise RefusedPickle("a safetensors file of mixed or damaged tensors")
-        tensors[key] = widen_bfloat16(body[begin:end]).reshape(entry["shape"])
-    return tensors
-
-
-def _read_layout(content: Any) -> tuple[str, str | None, dict[str, Array]]:
-    """Tell the layout of a file's content and return (layout, internal name, tensors by encoder)."""
-    if not isinstance(content, dict) or not content:
-        raise RefusedPickle("it holds no named tensors")
-    if "string_to_param" in content:
-        terms = content["string_to_param"]
-        if not isinstance(terms, dict) or len(terms) != 1:
-            raise RefusedPickle("it holds several terms; one is expected")
-        name = content.get("name")
-        tensor = next(iter(terms.values()))
-        return "a1111", name if isinstance(name, str) else None, _by_width(tensor)
-    tensors = {key: value for key, value in content.items() if isinstance(value, np.ndarray)}
-    named = {key: _rows(value) for key, value in tensors.items() if key in _NAMED}
-    if named:
-        return ("sdxl" if "clip_g" in named else "clip_l"), None, named
-    if set(tensors) >= {"text_encoders_0", "text_encoders_1"}:
-        pair = {"clip_l": _rows(tensors["text_encoders_0"]), "clip_g": _rows(tensors["text_encoders_1"])}
-        return "pivotal", None, pair
-    tensors = {key: value for key, value in tensors.items() if not str(key).endswith("_out")}
-    if len(tensors) != 1:
-        raise RefusedPickle(f"it holds {len(tensors)} tensors; one, or clip_l and clip_g, are expected")
-    key, tensor = next(iter(tensors.items()))
-    if key == "emb_params":
-        return "kohya", None, _by_width(tensor)
-    return "diffusers", str(key), _by_width(tensor)
-
-
-def _rows(tensor: Any) -> Array:
-    if not isinstance(tensor, np.ndarray) or tensor.ndim not in (1, 2):
-        raise RefusedPickle("its tensor is not a list of vectors")
-    return tensor[None] if tensor.ndim == 1 else tensor
-
-
-def _by_width(tensor: Any) -> dict[str, Array]:
-    rows = _rows(tensor)
-    return {_ENCODER_OF_WIDTH.get(rows.shape[1], "clip_l"): rows}
-
-
-def _check(tensor: Array) -> Array:
-    vectors, width = tensor.shape
-    if not 1 <= vectors <= MAX_VECTORS or not 1 <= width <= 8192:
-        raise RefusedPickle(f"{vectors} vectors of width {width} are not an embedding")
-    if not np.isfinite(tensor).all():
-        raise RefusedPickle("it holds values that are not finite")
-    return np.ascontiguousarray(tensor, np.float32)
+def from_normalised(data: bytes, record: EmbeddingRecord) -> EmbeddingFile:
+    """Read the farm's own safetensors back."""
+    tensors = {key: np.asarray(tensor, np.float32) for key, tensor in load_safetensors(data).items()}
+    return EmbeddingFile(record.name, record.layout, record.internal_name, record.file_sha256, tensors)

@@ -15,6 +15,11 @@
 -- lf:claim:<member>      hash     token worker queue
 -- lf:worker:<name>       hash     what a worker says of itself; lf:worker:<name>:claims is a set of members
 -- lf:workers             zset     workers by their last beat
+-- lf:names               hash     <owner>/<name> -> JSON of the name's record (the truth is in S3)
+-- lf:names:number        hash     <owner>/<name> -> number of that record, growing
+-- lf:names:changes       stream   names that changed, for workers to follow (capped)
+-- lf:pins                hash     <owner>/<name> -> how many unfinished jobs use it
+-- lf:used                zset     content ids of embeddings by how many jobs used them
 -- A queue is <lane>:<checkpoint hash>.
 
 local EVENTS = 1000
@@ -39,6 +44,16 @@ local function mark(job, index, byte)
   redis.call('SETRANGE', 'lf:job:' .. job .. ':states', index, byte)
 end
 
+-- A job that needs nothing more lets go of the names it holds.
+local function unpin(job)
+  local pins = redis.call('HGET', 'lf:job:' .. job, 'pins')
+  if not pins then return end
+  redis.call('HDEL', 'lf:job:' .. job, 'pins')
+  for _, pin in ipairs(cjson.decode(pins)) do
+    if redis.call('HINCRBY', 'lf:pins', pin[1], -1) <= 0 then redis.call('HDEL', 'lf:pins', pin[1]) end
+  end
+end
+
 -- A job's state follows from its counters, but for those a person gave it.
 local function settle(job)
   local key = 'lf:job:' .. job
@@ -48,6 +63,7 @@ local function settle(job)
   local state = f[6]
   if done + failed + canceled >= total then
     state = canceled > 0 and 'canceled' or failed > 0 and 'failed' or 'succeeded'
+    unpin(job)
   elseif state ~= 'canceled' then
     state = (running + done + failed > 0) and 'running' or 'queued'
   end
@@ -74,12 +90,22 @@ local function split(member)
   return job, tonumber(index)
 end
 
--- submit(job, spec, lock, total, lane, checkpoint): 1 if new, 0 if it was there
+-- submit(job, spec, lock, total, lane, checkpoint, pins): 1 if new, 0 if it was there, or the name that is gone.
+-- pins is JSON, [[<owner>/<name>, content id]...]; a name removed meanwhile is not pinned any more.
 local function submit(_, a)
-  local job, total = a[1], tonumber(a[4])
+  local job, total, pins = a[1], tonumber(a[4]), cjson.decode(a[7])
   local key = 'lf:job:' .. job
   if redis.call('EXISTS', key) == 1 then return 0 end
   local at = now()
+  for _, pin in ipairs(pins) do
+    local entry = redis.call('HGET', 'lf:names', pin[1])
+    if not entry or cjson.decode(entry).state ~= 'active' then return pin[1] end
+  end
+  for _, pin in ipairs(pins) do
+    redis.call('HINCRBY', 'lf:pins', pin[1], 1)
+    redis.call('ZINCRBY', 'lf:used', 1, pin[2])
+  end
+  if #pins > 0 then redis.call('HSET', key, 'pins', a[7]) end
   redis.call('HSET', key, 'spec', a[2], 'lock', a[3], 'total', total, 'lane', a[5], 'checkpoint', a[6],
     'cursor', 0, 'running', 0, 'succeeded', 0, 'failed', 0, 'canceled', 0, 'expired', 0,
     'version', 0, 'state', 'queued', 'created', at)
@@ -269,6 +295,7 @@ local function cancel(_, a)
   redis.call('DECRBY', 'lf:count:' .. queue, waiting)
   redis.call('HINCRBY', key, 'canceled', waiting)
   redis.call('HSET', key, 'state', 'canceled')
+  if tonumber(f[2]) == 0 then unpin(job) end
   event(job, 'canceled')
   return 1
 end
@@ -322,7 +349,41 @@ local function epoch(_, a)
   return 1
 end
 
+local function change(name, number, entry)
+  redis.call('HSET', 'lf:names', name, entry)
+  redis.call('HSET', 'lf:names:number', name, number)
+  redis.call('XADD', 'lf:names:changes', 'MAXLEN', '~', 10000, '*', 'name', name)
+end
+
+-- put_name(name, number, entry): index a name's record unless a later one is there
+local function put_name(_, a)
+  local number = tonumber(a[2])
+  if number <= tonumber(redis.call('HGET', 'lf:names:number', a[1]) or '0') then return 0 end
+  change(a[1], number, a[3])
+  return 1
+end
+
+-- take_name(name, force): mark a name removed, so that nobody pins it from now on; returns how many unfinished jobs
+-- pin it, which without force keep it
+local function take_name(_, a)
+  local entry = redis.call('HGET', 'lf:names', a[1])
+  if not entry then return 0 end
+  local pins = tonumber(redis.call('HGET', 'lf:pins', a[1]) or '0')
+  if pins > 0 and a[2] ~= '1' then return pins end
+  local removed = string.gsub(entry, '"state":"%a+"', '"state":"removed"', 1)
+  change(a[1], redis.call('HGET', 'lf:names:number', a[1]), removed)
+  return 0
+end
+
+-- progress(job, index, token, text): what a claimed image says of its own progress
+local function progress(_, a)
+  if not holds(a[1] .. '/' .. a[2], a[3]) then return 0 end
+  redis.call('HSET', 'lf:job:' .. a[1], 'progress', a[4])
+  return 1
+end
+
 local transitions = {
+  put_name = put_name, take_name = take_name, progress = progress,
   submit = submit, claim = claim, finish = finish, release = release, disown = disown, beat = beat, leave = leave,
   expire = expire, cancel = cancel, ring = ring, answered = answered, epoch = epoch,
 }

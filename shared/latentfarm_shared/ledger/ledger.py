@@ -12,7 +12,7 @@ from typing import Any
 import redis
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from latentfarm_shared.errors import Unavailable, UnknownName
+from latentfarm_shared.errors import EmbeddingRefused, Unavailable, UnknownName
 from latentfarm_shared.ledger.states import STATE_OF_BYTE, ImageState, JobStatus
 from latentfarm_shared.records import Lock
 from latentfarm_shared.settings import Settings
@@ -61,6 +61,7 @@ class WorkerStatus(BaseModel):
     phase: str
     draining: bool
     loads: int
+    embeddings: int = 0
     cache_hits: int = 0
     cache_misses: int = 0
 
@@ -92,10 +93,29 @@ class Ledger:
         with translated():
             self.redis.ping()
 
-    def submit(self, job: str, spec: JobSpec, lock: Lock) -> bool:
-        """Write a job down; False if a job of this id is already there."""
-        checkpoint = lock.checkpoint.hash
-        return bool(self._call("submit", job, spec.encode(), lock.encode(), spec.count, spec.lane, checkpoint))
+    def submit(self, job: str, spec: JobSpec, lock: Lock, pins: Sequence[tuple[str, str]] = ()) -> bool:
+        """Write a job down and pin the names it uses (key, content id); False if a job of this id is already there.
+
+        Raises:
+            EmbeddingRefused: a name was removed or disabled since it was looked up.
+        """
+        fixed = job, spec.encode(), lock.encode(), spec.total, spec.lane, lock.checkpoint.hash
+        answer = self._call("submit", *fixed, json.dumps(pins))
+        if isinstance(answer, bytes):
+            raise EmbeddingRefused(answer.decode().partition("/")[2], "it was removed or disabled a moment ago")
+        return bool(answer)
+
+    def put_name(self, key: str, number: int, entry: str) -> bool:
+        """Index a name's record; False if a later one is there."""
+        return bool(self._call("put_name", key, number, entry))
+
+    def take_name(self, key: str, *, force: bool) -> int:
+        """Mark a name removed; return how many unfinished jobs pin it and, without `force`, keep it."""
+        return int(self._call("take_name", key, int(force)))
+
+    def progress(self, claim: Claim, story: dict[str, float | str]) -> bool:
+        """Say how far a claimed image is; False if the claim was lost."""
+        return bool(self._call("progress", claim.job, claim.index, claim.token, json.dumps(story)))
 
     def acknowledge(self) -> None:
         """Wait until all that was written before is in the server's log on disk, where the server can tell.
@@ -228,6 +248,21 @@ class Ledger:
             text = self.redis.hget(f"lf:job:{job}:errors", str(index))
         return json.loads(text) if text else None
 
+    def report_residents(self, worker: str, content_ids: Sequence[str]) -> None:
+        """Say which embeddings a worker has in memory; forgotten after a minute without a word."""
+        key = f"lf:worker:{worker}:embeddings"
+        with translated(), self.redis.pipeline() as pipe:
+            pipe.delete(key)
+            if content_ids:
+                pipe.sadd(key, *content_ids)
+                pipe.expire(key, 60)
+            pipe.execute()
+
+    def residents(self, worker: str) -> set[str]:
+        """Return the content ids of the embeddings a worker has in memory."""
+        with translated():
+            return {item.decode() for item in self.redis.smembers(f"lf:worker:{worker}:embeddings")}
+
     def workers(self) -> list[WorkerStatus]:
         """Return the workers that beat lately."""
         with translated():
@@ -238,7 +273,8 @@ class Ledger:
                 fields = {k.decode(): v.decode() for k, v in self.redis.hgetall(b"lf:worker:" + name).items()}
                 if fields:
                     claims = self.redis.scard(b"lf:worker:" + name + b":claims")
-                    found.append(_worker(name.decode(), fields, claims))
+                    held = self.redis.scard(b"lf:worker:" + name + b":embeddings")
+                    found.append(_worker(name.decode(), fields, claims, held))
         return found
 
     def _call(self, transition: str, *arguments: str | int) -> Any:
@@ -283,11 +319,13 @@ def _status(job: str, fields: dict[str, str]) -> JobStatus:
             "created": int(fields["created"]) / 1000,
             "model": spec.model,
             "prompt": spec.prompt,
+            "progress": json.loads(fields["progress"]) if "progress" in fields else None,
+            "dropped": Lock.decode(fields["lock"]).dropped if '"dropped":[{' in fields["lock"] else (),
         }
     )
 
 
-def _worker(name: str, fields: dict[str, str], claims: int) -> WorkerStatus:
+def _worker(name: str, fields: dict[str, str], claims: int, embeddings: int) -> WorkerStatus:
     return WorkerStatus(
         name=name,
         pid=int(fields.get("pid", 0)),
@@ -299,6 +337,7 @@ def _worker(name: str, fields: dict[str, str], claims: int) -> WorkerStatus:
         phase=fields.get("phase", "starting"),
         draining=fields.get("draining") == "1",
         loads=int(fields.get("loads", 0)),
+        embeddings=embeddings,
         cache_hits=int(fields.get("cache_hits", 0)),
         cache_misses=int(fields.get("cache_misses", 0)),
     )

@@ -6,6 +6,8 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict
 
+from latentfarm_shared.records import Dropped
+
 ImageState = Literal["queued", "running", "succeeded", "failed", "canceled", "expired"]
 JobState = Literal["queued", "running", "paused", "succeeded", "failed", "canceled", "expired"]
 
@@ -33,6 +35,8 @@ class JobStatus(BaseModel):
     created: float
     model: str
     prompt: str
+    progress: dict[str, float | str] | None = None
+    dropped: tuple[Dropped, ...] = ()
 
     @property
     def is_final(self) -> bool:

@@ -7,70 +7,285 @@ that embedding; one that looks like a misspelt name is refused; any other is tex
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import product
 
-from latentfarm_shared.errors import EmbeddingRefused, InvalidField, UnknownName
+from latentfarm_shared.errors import EmbeddingRefused, InvalidField, UnknownName, UsageError, nearest
 from latentfarm_shared.prompts.attention import parse_attention
 from latentfarm_shared.prompts.chunks import Reading, chunk_prompt
 from latentfarm_shared.prompts.language import parse_negative, parse_positive, split_and, strip_comments
 from latentfarm_shared.prompts.matching import Mention, NameMatcher
+from latentfarm_shared.prompts.mentions import written
 from latentfarm_shared.prompts.passes import timelines
 from latentfarm_shared.prompts.tokens import ClipTokenizer
-from latentfarm_shared.records import CheckpointRecord, EmbeddingRecord
-from latentfarm_shared.specs import Compat, JobSpec, Side
+from latentfarm_shared.records import CheckpointRecord, Dropped, EmbeddingRecord, Lock
+from latentfarm_shared.specs import EmbeddingUse, ImageSpec, JobSpec, Side
 
 _EXPLICIT = re.compile(r"(?<![\w-])embedding:(?P<comfy>[^\s,()\[\]<>:|]+)|<(?P<angle>[^<>:\n]+)>")
 _EXTRA_NETWORK = re.compile(r"<(\w+):[^<>]*>")
 _WORDS = re.compile(r"[^\s,.;!?()\[\]|:\"']+")
 MAX_PARTS, MAX_CHARACTERS, MAX_CHUNKS = 32, 200_000, 1024
+MAX_CHECKED = 10_000
 _CODE_LIKE = re.compile(r"[\d_-]")
 
 
 @dataclass(frozen=True)
 class Settled:
-    """A spec whose prompts hold every embedding as a bare name, and the embeddings they use."""
+    """A spec whose prompts hold every embedding as a bare name, the embeddings they use, and those they do without."""
 
     spec: JobSpec
     embeddings: tuple[EmbeddingRecord, ...]
+    dropped: tuple[Dropped, ...] = ()
 
 
 def settle(
-    spec: JobSpec, checkpoint: CheckpointRecord, known: Mapping[str, EmbeddingRecord], tokenizer: ClipTokenizer
+    spec: JobSpec,
+    checkpoint: CheckpointRecord,
+    known: Mapping[str, EmbeddingRecord],
+    tokenizer: ClipTokenizer,
+    others: Sequence[CheckpointRecord] = (),
 ) -> Settled:
-    """Resolve every embedding a spec asks for; `known` is by name in lower case.
+    """Resolve every embedding a spec asks for in every prompt its axes make; `known` is by name in lower case.
 
     Raises:
         UnknownName: an explicit or misspelt name; with the nearest names.
-        EmbeddingRefused: an embedding made for another family of checkpoints.
+        EmbeddingRefused: an embedding that is disabled, removed or made for another family of checkpoints.
         InvalidField: the prompt asks for something that is no embedding and not supported.
     """
-    if spec.clip_skip > checkpoint.layers:
-        raise InvalidField("clip_skip", f"model {checkpoint.name!r} takes 1 to {checkpoint.layers}")
-    matcher = NameMatcher(tokenizer, known.values())
-    used: dict[str, EmbeddingRecord] = {}
-    prompts: dict[str, str] = {}
-    for field, written in spec.prompts:
+    return Contract(checkpoint, known, tokenizer, others).settle(spec)
+
+
+class Contract:
+    """What a job may ask of one checkpoint, given the names its owner knows. Safe to keep for many jobs.
+
+    `others` are checkpoints that a refusal may recommend. `lookup` finds older versions, `NAME@version`.
+    """
+
+    def __init__(
+        self,
+        checkpoint: CheckpointRecord,
+        known: Mapping[str, EmbeddingRecord],
+        tokenizer: ClipTokenizer,
+        others: Sequence[CheckpointRecord] = (),
+        lookup: Callable[[str], EmbeddingRecord] | None = None,
+    ) -> None:
+        self.checkpoint, self.known, self.tokenizer = checkpoint, known, tokenizer
+        self._others, self._lookup = others, lookup
+        self.matcher = NameMatcher(tokenizer, [r for r in known.values() if not self.is_word(r) or r.allow_word])
+
+    def is_word(self, record: EmbeddingRecord) -> bool:
+        """Tell whether a name is one word of the checkpoint's vocabulary, which prompts use as that word."""
+        return len(self.tokenizer.encode(record.name)) == 1
+
+    def find(self, name: str) -> EmbeddingRecord:
+        """Return what an explicit request names.
+
+        Raises:
+            UnknownName: with the nearest names.
+        """
+        plain = name.strip()
+        record = self.known.get(plain.lower())
+        if record is None and "@" in plain and self._lookup is not None:
+            return self._lookup(plain)
+        if record is None:
+            raise UnknownName.among("embedding", plain, self.usable())
+        return record
+
+    def usable(self) -> list[str]:
+        """Return the names that would be applied."""
+        fitting = [r.name for r in self.known.values() if r.state == "active" and r.fits(self.checkpoint.widths)]
+        return fitting or [r.name for r in self.known.values() if r.state == "active"]
+
+    def why_not(self, record: EmbeddingRecord, *, explicit: bool = False) -> str | None:
+        """Return why an embedding cannot be applied; None if it can."""
+        if record.state != "active":
+            return f"it is {record.state}" + (f"; {record.state_reason}" if record.state_reason else "")
+        if explicit and self.is_word(record) and not record.allow_word:
+            return "its name is a word of the model's vocabulary; add it under another name, or with --allow-word"
+        if record.fits(self.checkpoint.widths):
+            return None
+        has, needs = _widths(record.widths), _widths(self.checkpoint.widths)
+        reason = f"its vectors are {has} ({record.family}), but model {self.checkpoint.name!r} takes {needs}"
+        homes = [c.name for c in self._others if record.fits(c.widths)][:3]
+        instead = nearest(record.name, (n for n in self.usable() if n.lower() != record.name.lower()))
+        fitting = instead if any(r.fits(self.checkpoint.widths) for r in self.known.values()) else ()
+        reason += f"; it fits {' and '.join(map(repr, homes))}" if homes else ""
+        return reason + (f"; what would fit: {', '.join(map(repr, fitting))}" if fitting else "")
+
+    def settle(self, spec: JobSpec) -> Settled:
+        """Resolve every embedding a spec asks for.
+
+        Raises:
+            UnknownName, EmbeddingRefused, InvalidField: as `settle`.
+        """
+        if spec.clip_skip > self.checkpoint.layers:
+            raise InvalidField("clip_skip", f"model {self.checkpoint.name!r} takes 1 to {self.checkpoint.layers}")
+        settlement = _Settlement(self, spec)
+        rewritten = settlement.rewritten()
+        for variant in _variants(rewritten):
+            settlement.check(variant)
+        if settlement.unwanted:
+            rewritten = _each_text(rewritten, lambda _field, text: _without(text, settlement.unwanted))
+        return Settled(rewritten, tuple(settlement.used.values()), tuple(settlement.dropped.values()))
+
+
+def _widths(widths: Mapping[str, int]) -> str:
+    return ", ".join(f"{encoder} {width}" for encoder, width in sorted(widths.items()))
+
+
+class _Settlement:
+    """One job on its way through the contract: what it uses, what it does without, which words are to go."""
+
+    def __init__(self, contract: Contract, spec: JobSpec) -> None:
+        self._contract, self._spec = contract, spec
+        self.used: dict[str, EmbeddingRecord] = {}
+        self.dropped: dict[str, Dropped] = {}
+        self.unwanted: set[str] = set()
+        self._versions: dict[str, EmbeddingRecord] = {}
+        self._seen: set[tuple[str, str]] = set()
+
+    def rewritten(self) -> JobSpec:
+        """Return the spec with bare names in place of explicit requests, in every text it or its axes hold."""
+        return _each_text(self._spec, self._rewrite)
+
+    def _rewrite(self, field: str, written: str) -> str:
+        """Put bare names in place of one text's explicit forms, and add what the job asks for besides."""
+        spec, contract = self._spec, self._contract
+        prompt, explicit = self._replace_explicit(strip_comments(written), field)
+        if field.startswith("replace:"):
+            return prompt
+        _refuse_too_much(prompt, field, spec, (contract.tokenizer, contract.matcher))
+        mentioned = self._mentions(prompt, field)
         side: Side = "negative" if _is_negative(field) else "positive"
-        prompt, explicit = _replace_explicit(strip_comments(written), field, known, spec.compat)
-        _refuse_too_much(prompt, field, spec, (tokenizer, matcher))
-        mentioned = _mentions(prompt, field, matcher, spec)
-        for use in (use for use in spec.embeddings if use.side == side):
-            record = _lookup(use.name, known)
-            explicit.append(record)
-            if record not in mentioned:
-                prompt = _with_word(prompt, _escape(record.name))
-                mentioned.append(record)
-        _refuse_near_misses(prompt, field, matcher, known, spec)
-        mentioned = _mentions(prompt, field, matcher, spec)
-        lost = next((record for record in explicit if record not in mentioned), None)
+        for use in spec.embeddings:
+            record = self._asked(use.name, field, only=side, use=use)
+            if record is not None:
+                explicit.append(record)
+                if record.name.lower() not in {m.name.lower() for m in mentioned}:
+                    prompt = _with_word(prompt, _escape(record.name))
+                    mentioned.append(record)
+        names = {record.name.lower() for record in self._mentions(prompt, field)}
+        lost = next((record for record in explicit if record.name.lower() not in names), None)
         if lost is not None:
             raise EmbeddingRefused(lost.name, f"its name is not a word of its own in {field}")
-        for record in mentioned:
-            _refuse_misfit(record, checkpoint)
-            used[record.name.lower()] = record
-        prompts[field] = prompt
-    return Settled(spec.with_prompts(prompts), tuple(used.values()))
+        return prompt
+
+    def _asked(
+        self, name: str, field: str, only: Side | None = None, use: EmbeddingUse | None = None
+    ) -> EmbeddingRecord | None:
+        """Return what an explicit request names; None if it belongs in the other prompt, or the job does without."""
+        try:
+            record = self._contract.find(name)
+        except UnknownName as error:
+            if use is not None and (use.side or "positive") != only:
+                return None
+            self._do_without(name, field, error)
+            return None
+        if use is not None and (use.side or ("negative" if record.kind == "Negative" else "positive")) != only:
+            return None
+        reason = self._contract.why_not(record, explicit=True)
+        if reason is not None:
+            self._do_without(record.name, field, EmbeddingRefused(record.name, reason))
+            return None
+        before = self._versions.setdefault(record.name.lower(), record)
+        if before.content_id != record.content_id:
+            raise EmbeddingRefused(record.name, "the job asks for two versions of it; one job takes one")
+        return record
+
+    def _do_without(self, name: str, field: str, error: UsageError) -> None:
+        """Refuse the job, unless it may do without."""
+        if self._spec.on_missing == "fail":
+            raise error
+        key = f"{field.partition('.')[0]}/{name.lower()}"
+        self.dropped.setdefault(key, Dropped(name=name, field=field, reason=str(error)))
+        if self._spec.on_missing == "drop":
+            self.unwanted.add(name)
+
+    def _replace_explicit(self, prompt: str, field: str) -> tuple[str, list[EmbeddingRecord]]:
+        """Put bare names in place of explicit forms, apart from the words around; return the embeddings they name."""
+        network = _EXTRA_NETWORK.search(prompt)
+        if network and "ignore_extra_networks" not in self._spec.compat:
+            raise InvalidField(field, f"{network.group()!r}: {network.group(1)} networks are not supported; remove it")
+        explicit: list[EmbeddingRecord] = []
+
+        def bare(match: re.Match[str]) -> str:
+            asked = match["comfy"] or match["angle"]
+            record = self._asked(asked, field)
+            name = asked if record is None else record.name
+            if record is not None:
+                explicit.append(record)
+            before, after = prompt[: match.start()][-1:], prompt[match.end() :][:1]
+            return f"{' ' * before.isalnum()}{_escape(name)}{' ' * after.isalnum()}"
+
+        return _EXPLICIT.sub(bare, prompt), explicit
+
+    def _mentions(self, prompt: str, field: str) -> list[EmbeddingRecord]:
+        return _mentions(prompt, field, self._contract.matcher, self._spec)
+
+    def check(self, variant: JobSpec) -> None:
+        """Note what the prompts of one point of the axes use, and refuse what they should not ask for."""
+        for field, prompt in variant.prompts:
+            if (field, prompt) in self._seen:
+                continue
+            self._seen.add((field, prompt))
+            for record in self._mentions(prompt, field):
+                reason = self._contract.why_not(record)
+                if reason is None:
+                    self.used[record.name.lower()] = self._versions.get(record.name.lower(), record)
+                else:
+                    self._do_without(record.name, field, EmbeddingRefused(record.name, reason))
+            for word, near in _near_misses(prompt, field, self._contract, variant):
+                self._do_without(word, field, UnknownName("embedding", word, near))
+
+
+def _each_text(spec: JobSpec, change: Callable[[str, str], str]) -> JobSpec:
+    """Return the spec with every text that its prompts and axes hold changed; `change` takes a field and its text."""
+    changed = spec.with_prompts({field: change(field, text) for field, text in spec.prompts})
+    axes = [
+        axis.model_copy(update={"values": tuple(change(axis.field, str(value)) for value in axis.values)})
+        if axis.is_text and axis.kind != "strength"
+        else axis
+        for axis in spec.axes
+    ]
+    return changed.model_copy(update={"axes": tuple(axes)})
+
+
+def _variants(spec: JobSpec) -> Iterator[JobSpec]:
+    """Yield the job at every point where its prompts differ; with too many of them, at each value of each axis."""
+    text = [axis for axis in spec.axes if axis.is_text]
+    first = {axis.field: axis.values[0] for axis in text}
+    if spec.text_variants <= MAX_CHECKED:
+        points = ({a.field: v for a, v in zip(text, p, strict=True)} for p in product(*(a.values for a in text)))
+    else:
+        points = (first | {axis.field: value} for axis in text for value in axis.values)
+    for point in points:
+        yield spec.at(point)
+
+
+def _without(prompt: str, names: Collection[str]) -> str:
+    """Take names out of a prompt, and the commas they leave alone."""
+    for name in sorted(names, key=len, reverse=True):
+        if written(name).search(prompt):
+            prompt = written(name).sub("", prompt)
+            prompt = re.sub(r"[(\[]\s*(:[\d.\s]*)?[)\]]", "", prompt)
+            prompt = re.sub(r"(,\s*)+(?=,|$)|^(\s*,)+\s*", "", prompt.strip()).strip()
+    return prompt
+
+
+def combination_misses(image: ImageSpec, lock: Lock, contract: Contract) -> list[str]:
+    """Return the embeddings that one image of a large sweep asks for and its job's lock does not hold.
+
+    Sweeps of more than MAX_CHECKED prompts are checked value by value when submitted, and image by image when claimed.
+    """
+    held = {record.content_id for record in lock.embeddings}
+    away = {dropped.name.lower() for dropped in lock.dropped}
+    found = [r for field, prompt in image.job.prompts for r in _mentions(prompt, field, contract.matcher, image.job)]
+    locked = {record.name.lower() for record in lock.embeddings}
+    names = [r.name for r in found if r.content_id not in held and r.name.lower() not in away | locked]
+    for field, prompt in image.job.prompts:
+        names += [word for word, _ in _near_misses(prompt, field, contract, image.job) if word.lower() not in away]
+    return names
 
 
 def _refuse_too_much(prompt: str, field: str, spec: JobSpec, layout: tuple[ClipTokenizer, NameMatcher]) -> None:
@@ -83,6 +298,17 @@ def _refuse_too_much(prompt: str, field: str, spec: JobSpec, layout: tuple[ClipT
         raise InvalidField(
             field, "is too long for what changes in it; shorten it, or what stands around its alternations"
         )
+
+
+def refuse_changing(spec: JobSpec) -> None:
+    """Refuse a prompt that says different things at different steps, or several at once.
+
+    Raises:
+        InvalidField: it does.
+    """
+    parts = split_and(spec.prompt)
+    if len(parts) > 1 or parts[0][1] != 1 or len(list(_texts(spec.prompt, "prompt", spec))) > 1:
+        raise InvalidField("prompt", "cannot be packed: it uses AND, or changes while the picture is drawn")
 
 
 def _is_negative(field: str) -> bool:
@@ -117,30 +343,6 @@ def _with_word(prompt: str, word: str) -> str:
     return after if plain and parse_attention(after)[-1].weight == 1 else f"{word}, {prompt}"
 
 
-def _replace_explicit(
-    prompt: str, field: str, known: Mapping[str, EmbeddingRecord], compat: Collection[Compat]
-) -> tuple[str, list[EmbeddingRecord]]:
-    """Put bare names in place of explicit forms, apart from the words around; return the embeddings they name."""
-    network = _EXTRA_NETWORK.search(prompt)
-    if network and "ignore_extra_networks" not in compat:
-        raise InvalidField(field, f"{network.group()!r}: {network.group(1)} networks are not supported; remove it")
-    explicit: list[EmbeddingRecord] = []
-
-    def bare(match: re.Match[str]) -> str:
-        explicit.append(_lookup(match["comfy"] or match["angle"], known))
-        before, after = prompt[: match.start()][-1:], prompt[match.end() :][:1]
-        return f"{' ' * before.isalnum()}{_escape(explicit[-1].name)}{' ' * after.isalnum()}"
-
-    return _EXPLICIT.sub(bare, prompt), explicit
-
-
-def _lookup(name: str, known: Mapping[str, EmbeddingRecord]) -> EmbeddingRecord:
-    record = known.get(name.strip().lower())
-    if record is None:
-        raise UnknownName.among("embedding", name.strip(), (item.name for item in known.values()))
-    return record
-
-
 def _mentions(prompt: str, field: str, matcher: NameMatcher, spec: JobSpec) -> list[EmbeddingRecord]:
     found: list[EmbeddingRecord] = []
     for text in _segments(prompt, field, spec):
@@ -150,32 +352,21 @@ def _mentions(prompt: str, field: str, matcher: NameMatcher, spec: JobSpec) -> l
     return found
 
 
-def _refuse_misfit(record: EmbeddingRecord, checkpoint: CheckpointRecord) -> None:
-    if not record.fits(checkpoint.widths):
-        has = ", ".join(f"{encoder} {width}" for encoder, width in sorted(record.widths.items()))
-        needs = ", ".join(f"{encoder} {width}" for encoder, width in sorted(checkpoint.widths.items()))
-        raise EmbeddingRefused(record.name, f"its vectors are {has}, but model {checkpoint.name!r} takes {needs}")
-
-
-def _refuse_near_misses(
-    prompt: str, field: str, matcher: NameMatcher, known: Mapping[str, EmbeddingRecord], spec: JobSpec
-) -> None:
+def _near_misses(prompt: str, field: str, contract: Contract, spec: JobSpec) -> Iterator[tuple[str, tuple[str, ...]]]:
+    """Yield words that look like misspelt names, with the names they look like."""
     words: dict[str, None] = {}
     for segment in _segments(prompt, field, spec):
         text = segment
-        for item in matcher.split(text):
+        for item in contract.matcher.split(segment):
             if isinstance(item, Mention):
-                text = _written(item.embedding.name).sub(" ", text)
+                text = written(item.embedding.name).sub(" ", text)
         words |= dict.fromkeys(word for word in _WORDS.findall(text) if _CODE_LIKE.search(word))
-    for word in words:
-        near = _within_two_edits(word.lower(), known)
-        if near:
-            raise UnknownName("embedding", word, near)
-
-
-def _written(name: str) -> re.Pattern[str]:
-    """Match a name as prompts may write it: in any case, with or without spaces between its parts."""
-    return re.compile(r"\s*".join(re.escape(c) for c in name if not c.isspace()), re.IGNORECASE)
+    if words:
+        names = [name for name, record in contract.known.items() if record.state == "active"]
+        for word in words:
+            near = _within_two_edits(word.lower(), names)
+            if near:
+                yield word, tuple(contract.known[name].name for name in near)
 
 
 def _within_two_edits(word: str, names: Iterable[str]) -> tuple[str, ...]:

@@ -45,6 +45,10 @@ class ClipTokenizer:
             ]
         )
 
+    def word(self, token: int) -> str:
+        """Return a token as people read it."""
+        return (self._tokenizer.id_to_token(token) or "").removesuffix("</w>")
+
     def encode(self, text: str) -> list[int]:
         """Return the ids of `text`."""
         ids: list[int] = self._tokenizer.encode(text, add_special_tokens=False).ids

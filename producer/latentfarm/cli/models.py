@@ -1,0 +1,68 @@
+"""Commands on checkpoints."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from latentfarm.cli.output import Data, Json, connect, show
+
+if TYPE_CHECKING:
+    from latentfarm_shared.records import CheckpointRecord
+
+app = typer.Typer(no_args_is_help=True)
+
+Name = Annotated[str | None, typer.Option("--name", help="Name to use instead of the file's.", show_default=False)]
+
+
+@app.command("add")
+def add_model(
+    source: Annotated[
+        str, typer.Argument(help="A diffusers folder, a .safetensors file or a hub id.", show_default=False)
+    ],
+    name: Name = None,
+    config: Annotated[
+        Path | None, typer.Option(help="For a single file: a diffusers folder of its family.", show_default=False)
+    ] = None,
+    data: Data = None,
+    as_json: Json = False,
+) -> None:
+    """Record a checkpoint; workers fetch it by hash, verify it and then serve it.
+
+    Example:
+
+        latentfarm models add ./my-checkpoint --name mine
+
+        latentfarm models add model.safetensors --config ./sd15-folder
+
+        latentfarm models add owner/checkpoint@main
+    """
+    show([_model(connect(data).models.add(source, name, config))], as_json=as_json, single=True)
+
+
+@app.command("ls")
+def list_models(data: Data = None, as_json: Json = False) -> None:
+    """List checkpoints."""
+    show([_model(record) for record in connect(data).models.ls()], as_json=as_json)
+
+
+@app.command("show")
+def show_model(
+    name: Annotated[str, typer.Argument(show_default=False)], data: Data = None, as_json: Json = False
+) -> None:
+    """Show one checkpoint."""
+    record = connect(data).models.show(name)
+    show([_model(record) | {"files": [file.path for file in record.files]}], as_json=as_json, single=True)
+
+
+def _model(record: CheckpointRecord) -> dict[str, Any]:
+    return {
+        "name": record.name,
+        "family": record.family,
+        "widths": record.widths,
+        "prediction_type": record.prediction_type,
+        "hash": record.hash,
+        "size": sum(file.size for file in record.files),
+    }

@@ -1,0 +1,280 @@
+"""Files of strangers are read in a child process with little memory and time, which can write nothing.
+
+The parent opens the file and hands the child its descriptor over a socket; the child answers with tensors or with the
+reason for a refusal. One that takes too long, or dies, is replaced, and its file refused. The child imports numpy and
+Pillow, no torch, and ends with its parent.
+"""
+
+from __future__ import annotations
+
+import array
+import hashlib
+import json
+import os
+import socket
+import struct
+import subprocess
+import sys
+import threading
+import time
+import weakref
+from collections.abc import Callable
+from pathlib import Path
+from types import TracebackType
+from typing import BinaryIO, Self
+
+import numpy as np
+
+from latentfarm_shared.embeddings.files import EmbeddingFile
+from latentfarm_shared.embeddings.layouts import Found, read_layout
+from latentfarm_shared.embeddings.refusals import DEFAULT_CAPS, Caps, Code, Refusal
+from latentfarm_shared.errors import UnreadableFile
+
+_LENGTH = struct.Struct("<I")
+START_S = 30.0  # importing numpy on a busy machine
+
+
+# ---- parent
+
+
+class NotAnEmbedding(UnreadableFile):
+    """A file was refused; `refusal` is one of the codes of `Refusal`."""
+
+    code = "NOT_AN_EMBEDDING"
+
+    def __init__(self, path: str, reason: str, refusal: Code = "NOT_AN_EMBEDDING") -> None:
+        super().__init__(path, reason)
+        self.args = (path, reason, refusal)
+        self.refusal = refusal
+
+
+class Sandbox:
+    """Reads embedding files one after the other in a child process. Safe to share between threads."""
+
+    def __init__(self, caps: Caps = DEFAULT_CAPS) -> None:
+        """Start nothing yet."""
+        self.caps = caps
+        self._child: subprocess.Popen[bytes] | None = None
+        self._socket: socket.socket | None = None
+        self._guard = threading.Lock()
+        self._farewell: Callable[[], object] = lambda: None
+
+    def __enter__(self) -> Self:
+        """Read files inside."""
+        return self
+
+    def __exit__(
+        self, _kind: type[BaseException] | None, _error: BaseException | None, _trace: TracebackType | None
+    ) -> None:
+        """End the child."""
+        self.close()
+
+    def read(self, path: Path) -> list[EmbeddingFile]:
+        """Return every embedding in a file; more than one only where a LoRA bundles them.
+
+        Raises:
+            NotAnEmbedding: it cannot be opened or is no embedding; says what it is.
+        """
+        try:
+            with path.open("rb") as file:
+                digest = hashlib.file_digest(file, "sha256").hexdigest()
+                file.seek(0)
+                return self.read_open(file, path.name, digest)
+        except OSError as error:
+            reason = f"cannot be opened ({error.strerror or error})"
+            raise NotAnEmbedding(str(path), reason, "UNREADABLE") from error
+        except NotAnEmbedding as error:
+            raise NotAnEmbedding(str(path), error.reason, error.refusal) from error.__cause__
+
+    def read_one(self, path: Path) -> EmbeddingFile:
+        """Return the one embedding in a file.
+
+        Raises:
+            NotAnEmbedding: as `read`, or it holds several.
+        """
+        found = self.read(path)
+        if len(found) > 1:
+            names = ", ".join(item.stem for item in found)
+            raise NotAnEmbedding(
+                str(path), f"SEVERAL_TERMS: it holds {len(found)} embeddings: {names}", "SEVERAL_TERMS"
+            )
+        return found[0]
+
+    def read_open(self, file: BinaryIO, name: str, digest: str) -> list[EmbeddingFile]:
+        """Return every embedding in an open file, which must be a real one; `name` and `digest` are as for `read`."""
+        try:
+            with self._guard:
+                found = self._ask(file)
+        except Refusal as refusal:
+            raise NotAnEmbedding(name, str(refusal), refusal.code) from refusal
+        return [EmbeddingFile.of(item, name, digest) for item in found]
+
+    def close(self) -> None:
+        """End the child."""
+        with self._guard:
+            self._end()
+
+    def _ask(self, file: BinaryIO) -> list[Found]:
+        """Have one file read; a child that failed at it is ended."""
+        try:
+            connection = self._ready()
+            connection.settimeout(self.caps.seconds)
+            connection.sendmsg([b"f"], [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", [file.fileno()]))])
+            deadline = time.monotonic() + self.caps.seconds
+            header = json.loads(_receive(connection, deadline))
+            if "code" in header:
+                raise Refusal(header["code"], header["reason"])
+            return [_found(item, connection, deadline) for item in header["found"]]
+        except TimeoutError:
+            self._end()
+            raise Refusal("TIMEOUT", f"reading it took longer than {self.caps.seconds:g} s") from None
+        except (EOFError, OSError, ValueError):
+            self._end()
+            raise Refusal("CORRUPT", f"reading it needed more than {self.caps.memory_mb} MB, or failed") from None
+
+    def _ready(self) -> socket.socket:
+        if self._socket is not None and self._child is not None and self._child.poll() is None:
+            return self._socket
+        self._end()
+        ours, theirs = socket.socketpair()
+        environment = {name: os.environ[name] for name in ("PATH", "PYTHONPATH", "HOME") if name in os.environ}
+        environment |= {"OPENBLAS_NUM_THREADS": "1", "OMP_NUM_THREADS": "1", "PYTHONDONTWRITEBYTECODE": "1"}
+        command = [sys.executable, "-P", "-m", __name__, str(theirs.fileno()), self.caps.model_dump_json()]
+        with theirs:
+            self._child = subprocess.Popen(
+                command,
+                pass_fds=[theirs.fileno()],
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.DEVNULL,
+                stderr=subprocess.DEVNULL,
+                env=environment,
+                cwd="/",
+            )
+        self._socket = ours
+        self._farewell = weakref.finalize(self, _end_child, self._child, ours)
+        if _receive(ours, time.monotonic() + START_S) != b"ready":
+            raise EOFError
+        return ours
+
+    def _end(self) -> None:
+        self._farewell()
+        self._socket = self._child = None
+
+
+def _end_child(child: subprocess.Popen[bytes], connection: socket.socket) -> None:
+    connection.close()
+    child.kill()
+    child.wait()
+
+
+def _receive(connection: socket.socket, deadline: float) -> bytes:
+    """Receive one message: its length, then its bytes."""
+    return _exactly(connection, _LENGTH.unpack(_exactly(connection, _LENGTH.size, deadline))[0], deadline)
+
+
+def _exactly(connection: socket.socket, count: int, deadline: float) -> bytes:
+    data = bytearray()
+    while len(data) < count:
+        connection.settimeout(max(0.001, deadline - time.monotonic()))
+        part = connection.recv(min(count - len(data), 2**20))
+        if not part:
+            raise EOFError
+        data += part
+    return bytes(data)
+
+
+def _found(item: dict[str, object], connection: socket.socket, deadline: float) -> Found:
+    """Build one embedding from its description and the tensors that follow."""
+    shapes: dict[str, list[int]] = item.pop("shapes")  # type: ignore[assignment]
+    tensors = {}
+    for encoder, shape in shapes.items():
+        tensors[encoder] = np.frombuffer(_receive(connection, deadline), "<f4").reshape(shape)
+    return Found(tensors=tensors, **item)  # type: ignore[arg-type]
+
+
+# ---- child
+
+
+def _limit(caps: Caps) -> None:
+    """Give up the right to memory, processor time, files and core dumps beyond what one embedding needs."""
+    import resource  # noqa: PLC0415 - only where processes can be limited
+
+    memory = caps.memory_mb * 2**20
+    limits = [(resource.RLIMIT_FSIZE, 0), (resource.RLIMIT_CORE, 0), (resource.RLIMIT_NOFILE, 32)]
+    if sys.platform == "linux":
+        limits.append((resource.RLIMIT_AS, memory))
+    for kind, value in limits:
+        resource.setrlimit(kind, (value, value))
+
+
+def _serve(connection: socket.socket, caps: Caps) -> None:
+    _send(connection, b"ready")
+    while True:
+        message, ancillary, _, _ = connection.recvmsg(1, socket.CMSG_SPACE(array.array("i").itemsize))
+        if not message:
+            return
+        (_, _, descriptor), *_ = ancillary
+        with os.fdopen(array.array("i", descriptor)[0], "rb") as file:
+            _answer(connection, file, caps)
+
+
+def _answer(connection: socket.socket, file: BinaryIO, caps: Caps) -> None:
+    from latentfarm_shared.embeddings.containers import read_container  # noqa: PLC0415 - the parent needs none of it
+
+    try:
+        found = read_layout(read_container(file, caps), caps)
+    except Refusal as refusal:
+        _send(connection, json.dumps({"code": refusal.code, "reason": refusal.reason}).encode())
+        return
+    except MemoryError:
+        reason = f"reading it needs more than {caps.memory_mb} MB"
+        _send(connection, json.dumps({"code": "TOO_LARGE", "reason": reason}).encode())
+        return
+    except Exception as error:  # noqa: BLE001 - whatever a strange file provokes is that file's refusal
+        reason = f"it makes no sense ({type(error).__name__})"
+        _send(connection, json.dumps({"code": "CORRUPT", "reason": reason}).encode())
+        return
+    described = [
+        {
+            "layout": item.layout,
+            "internal_name": item.internal_name,
+            "own_name": item.own_name,
+            "needs_name": item.needs_name,
+            "shapes": {encoder: tensor.shape for encoder, tensor in item.tensors.items()},
+        }
+        for item in found
+    ]
+    _send(connection, json.dumps({"found": described}).encode())
+    for item in found:
+        for tensor in item.tensors.values():
+            _send(connection, np.ascontiguousarray(tensor, "<f4").tobytes())
+
+
+def _send(connection: socket.socket, data: bytes) -> None:
+    connection.sendall(_LENGTH.pack(len(data)) + data)
+
+
+def _child(descriptor: int, caps: Caps, limit: Callable[[Caps], None] = _limit) -> None:
+    import PIL.Image  # noqa: PLC0415 - imported before files are out of reach
+
+    import latentfarm_shared.embeddings.containers  # noqa: PLC0415
+
+    PIL.Image.init()
+    del latentfarm_shared
+    with socket.socket(fileno=descriptor) as connection:
+        limit(caps)
+        _serve(connection, caps)
+
+
+def read_embedding(path: Path, caps: Caps = DEFAULT_CAPS) -> EmbeddingFile:
+    """Read a file that holds one embedding, in a child process of its own.
+
+    Raises:
+        NotAnEmbedding: as `Sandbox.read_one`.
+    """
+    with Sandbox(caps) as sandbox:
+        return sandbox.read_one(path)
+
+
+if __name__ == "__main__":
+    _child(int(sys.argv[1]), Caps.model_validate_json(sys.argv[2]))

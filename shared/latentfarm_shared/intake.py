@@ -1,0 +1,172 @@
+"""The one way embeddings enter the farm: read in the sandbox, checked against caps, widths and vocabularies, stored."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+
+from latentfarm_shared.embeddings.files import EmbeddingFile
+from latentfarm_shared.embeddings.sandbox import NotAnEmbedding, Sandbox
+from latentfarm_shared.errors import InvalidField
+from latentfarm_shared.library import Details, EmbeddingLibrary, side_details
+from latentfarm_shared.records import EmbeddingRecord
+from latentfarm_shared.registry import Registry
+from latentfarm_shared.vocabularies import Vocabularies
+
+KNOWN_WIDTHS = frozenset({768, 1024, 1280, 4096})
+EXTENSIONS = (".pt", ".bin", ".safetensors", ".pti", ".png", ".webp", ".avif")
+PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".gif")
+MAX_PREVIEW_BYTES = 16 * 2**20
+
+
+class Intake:
+    """Takes files into a farm's library."""
+
+    def __init__(
+        self,
+        library: EmbeddingLibrary,
+        registry: Registry,
+        vocabularies: Vocabularies,
+        sandbox: Sandbox,
+        owner: str = "",
+    ) -> None:
+        """Take them in the name of `owner`, empty for the farm."""
+        self.library, self.sandbox, self.owner = library, sandbox, owner
+        self._registry, self._vocabularies = registry, vocabularies
+
+    def read(self, path: Path, name: str | None = None) -> tuple[list[EmbeddingFile], bytes]:
+        """Return the embeddings in a file, and its bytes if they are worth keeping.
+
+        Raises:
+            NotAnEmbedding: it is none, or none the farm takes.
+        """
+        try:
+            with path.open("rb") as file:
+                small = path.stat().st_size <= self.sandbox.caps.file_bytes
+                data = file.read() if small else b""
+                file.seek(0)
+                digest = hashlib.sha256(data).hexdigest() if small else hashlib.file_digest(file, "sha256").hexdigest()
+                file.seek(0)
+                found = self.sandbox.read_open(file, path.name, digest)
+        except OSError as error:
+            raise NotAnEmbedding(str(path), f"cannot be opened ({error.strerror or error})", "UNREADABLE") from error
+        except NotAnEmbedding as error:
+            raise NotAnEmbedding(str(path), error.reason, error.refusal) from error
+        for item in found:
+            self._check(item, path, name)
+        return found, data
+
+    def _check(self, file: EmbeddingFile, path: Path, name: str | None) -> None:
+        if file.needs_name and name is None:
+            reason = "NEEDS_NAME: a bare tensor, which does not say what it is called; give it a name"
+            raise NotAnEmbedding(str(path), reason, "NEEDS_NAME")
+        if not KNOWN_WIDTHS.issuperset(file.widths.values()):
+            registered = [record.widths for record in self._registry.checkpoints().values()]
+            if file.widths not in registered:
+                has = ", ".join(map(str, file.widths.values()))
+                reason = f"BAD_SHAPE: no checkpoint of the farm and no known family has vectors of width {has}"
+                raise NotAnEmbedding(str(path), reason, "BAD_SHAPE")
+
+    def take(
+        self, path: Path, name: str | None = None, details: Details | None = None, by: str = ""
+    ) -> list[EmbeddingRecord]:
+        """Read a file and store what it holds, under `name` or the file's stem.
+
+        Raises:
+            NotAnEmbedding: it is none, or none the farm takes; says what it is.
+            InvalidField: the name cannot be used.
+        """
+        found, data = self.read(path, name)
+        if name is not None and len(found) > 1:
+            raise InvalidField("name", f"{path} holds {len(found)} embeddings, so one name is not enough")
+        details = replace(details or Details(), data=data)
+        for item in found:
+            self.refuse_word(name or item.stem, details)
+        return [self.library.add(item, name, details, owner=self.owner, by=by) for item in found]
+
+    def store(self, file: EmbeddingFile, name: str, details: Details, by: str = "") -> EmbeddingRecord:
+        """Store an embedding that was made here.
+
+        Raises:
+            InvalidField: the name cannot be used.
+        """
+        self.refuse_word(name, details)
+        return self.library.add(file, name, details, owner=self.owner, by=by)
+
+    def refuse_word(self, name: str, details: Details) -> None:
+        """Refuse a name that prompts use as a word, unless that is wanted.
+
+        Raises:
+            InvalidField: it is one word of a checkpoint's vocabulary.
+        """
+        model = None if details.allow_word else self._vocabularies.knowing(name.strip())
+        if model is not None:
+            raise InvalidField(
+                "name", f"{name!r} is a word that prompts for model {model!r} use; choose another, or pass --allow-word"
+            )
+
+
+def embedding_paths(folder: Path) -> list[Path]:
+    """Return the files in a folder, and in those below, that A1111 would try to load, in order of their paths."""
+    paths = (path for path in folder.rglob("*") if path.is_file() and path.stat().st_size)
+    return sorted(path for path in paths if is_candidate(path))
+
+
+def is_candidate(path: Path) -> bool:
+    """Tell whether A1111 would try to load a file of this name; previews and side files it passes over."""
+    return path.suffix.lower() in EXTENSIONS and path.with_suffix("").suffix.lower() != ".preview"
+
+
+def beside(path: Path) -> Details:
+    """Return what the files beside an embedding say of it: `.civitai.info`, A1111's `.json` and `.txt`, a preview."""
+    told: dict[str, object] = {}
+    for suffix in (".json", ".civitai.info"):
+        side = path.with_name(path.stem + suffix)
+        try:
+            told |= {key: value for key, value in side_details(side.read_text(encoding="utf-8-sig")).items() if value}
+        except (OSError, ValueError):
+            continue
+    text = path.with_suffix(".txt")
+    if not told.get("description") and text.is_file():
+        told["description"] = text.read_text(encoding="utf-8", errors="replace")[:4000]
+    return replace(Details(origin=str(path)), preview=_preview(path), **told)  # type: ignore[arg-type]
+
+
+def _preview(path: Path) -> bytes:
+    for suffix in (*PICTURES, *(".preview" + picture for picture in PICTURES)):
+        picture = path.with_name(path.stem + suffix)
+        if picture != path and picture.is_file() and picture.stat().st_size <= MAX_PREVIEW_BYTES:
+            return as_png(picture.read_bytes())
+    return b""
+
+
+def as_png(data: bytes) -> bytes:
+    """Return a picture of any kind as PNG of moderate size, without what else was in it; nothing if it is none."""
+    import io  # noqa: PLC0415
+
+    from PIL import Image  # noqa: PLC0415 - only previews need it
+
+    try:
+        with Image.open(io.BytesIO(data), formats=("PNG", "JPEG", "WEBP", "GIF", "AVIF")) as picture:
+            if picture.width * picture.height > 2**25:
+                return b""
+            small = picture.convert("RGB")
+            small.thumbnail((768, 768))
+            target = io.BytesIO()
+            small.save(target, "PNG")
+            return target.getvalue()
+    except (OSError, ValueError, SyntaxError):
+        return b""
+
+
+def find_pairs(found: Mapping[Path, EmbeddingFile]) -> dict[Path, Path]:
+    """Return which files are halves of one SDXL embedding, as diffusers' trainer writes them: `NAME` and `NAME_2`."""
+
+    def are_halves(first: EmbeddingFile, second: EmbeddingFile) -> bool:
+        widths = set(first.widths.values()), set(second.widths.values())
+        return widths == ({768}, {1280}) and first.vectors == second.vectors
+
+    others = {path: path.with_name(f"{path.stem}_2{path.suffix}") for path in found}
+    return {path: other for path, other in others.items() if other in found and are_halves(found[path], found[other])}
