@@ -15,7 +15,20 @@ from importlib import import_module
 from pathlib import Path
 
 RESULTS = Path(__file__).with_name("results")
-NAMES = ("engine", "layout", "mixed", "interactive", "embeddings", "png", "cold", "parts", "farm", "memory")
+NAMES = (
+    "engine",
+    "layout",
+    "mixed",
+    "interactive",
+    "embeddings",
+    "png",
+    "cold",
+    "parts",
+    "farm",
+    "library",
+    "pack",
+    "memory",
+)
 
 
 def main() -> None:

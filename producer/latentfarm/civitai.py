@@ -33,8 +33,11 @@ def is_civitai(source: str, base_url: str) -> bool:
     """Tell whether a source names something on Civitai."""
     if source.lower().startswith(("civitai:", "urn:air:", "air:")):
         return True
-    host = urlsplit(source).hostname if source.startswith(("http://", "https://")) else None
-    return host is not None and (host in HOSTS or host == urlsplit(base_url).hostname)
+    if not source.startswith(("http://", "https://")):
+        return False
+    parts = urlsplit(source)
+    known = parts.hostname in HOSTS or parts.netloc == urlsplit(base_url).netloc
+    return known and bool(_PAGE.search(parts.path) or _DOWNLOAD.search(parts.path))
 
 
 @dataclass(frozen=True)

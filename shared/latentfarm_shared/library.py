@@ -159,7 +159,7 @@ class EmbeddingLibrary:
         return (entries[-1][0] if entries else after), {fields[b"name"].decode() for _, fields in entries}
 
     def visible(self, owner: str = "") -> dict[str, EmbeddingRecord]:
-        """Return every embedding `owner` can name, by name in lower case: their own, else the farm's.
+        """Return every embedding `owner` can name, by name in lower case: their own, else, or once removed, the farm's.
 
         Those disabled or removed are among them, marked so.
         """
@@ -167,8 +167,12 @@ class EmbeddingLibrary:
         found: dict[str, EmbeddingRecord] = {}
         for key in names:
             whose, _, lower = key.partition("/")
-            if whose in ("", owner) and (lower not in found or whose):
-                found[lower] = self._settled(key, names)
+            if whose not in ("", owner):
+                continue
+            record, other = self._settled(key, names), found.get(lower)
+            ranks = [(r.state != "removed", bool(r.owner)) for r in (record, other) if r is not None]
+            if other is None or ranks[0] > ranks[1]:
+                found[lower] = record
         return found
 
     @staticmethod

@@ -72,7 +72,14 @@ class Contract:
     ) -> None:
         self.checkpoint, self.known, self.tokenizer = checkpoint, known, tokenizer
         self._others, self._lookup = others, lookup
-        self.matcher = NameMatcher(tokenizer, [r for r in known.values() if not self.is_word(r) or r.allow_word])
+        self.matcher = NameMatcher(tokenizer, [r for r in known.values() if self._is_name(r)])
+
+    def _is_name(self, record: EmbeddingRecord) -> bool:
+        """Tell whether a bare word means the embedding.
+
+        A word of the vocabulary does if that is allowed, until the embedding is removed or disabled.
+        """
+        return not self.is_word(record) or (record.allow_word and record.state == "active")
 
     def is_word(self, record: EmbeddingRecord) -> bool:
         """Tell whether a name is one word of the checkpoint's vocabulary, which prompts use as that word."""
