@@ -211,6 +211,12 @@ class Embeddings:
         known = self.library.visible(self.owner)
         return [record for _, record in sorted(known.items()) if everything or record.state == "active"]
 
+    def family(self, embedding: EmbeddingRecord | EmbeddingFile) -> str:
+        """Return sd1, sd2, sdxl or t5; else the family of a checkpoint here that has its widths; else unknown."""
+        if embedding.family != "unknown":
+            return embedding.family
+        return next((c.family for c in self._intake.checkpoints() if c.widths == embedding.widths), "unknown")
+
     def show(self, name: str) -> EmbeddingRecord:
         """Return one, by `NAME` or `NAME@version`.
 

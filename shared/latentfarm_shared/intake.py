@@ -11,7 +11,7 @@ from latentfarm_shared.embeddings.files import EmbeddingFile
 from latentfarm_shared.embeddings.sandbox import NotAnEmbedding, Sandbox
 from latentfarm_shared.errors import InvalidField
 from latentfarm_shared.library import Details, EmbeddingLibrary, side_details
-from latentfarm_shared.records import EmbeddingRecord
+from latentfarm_shared.records import CheckpointRecord, EmbeddingRecord
 from latentfarm_shared.registry import Registry
 from latentfarm_shared.vocabularies import Vocabularies
 
@@ -63,11 +63,15 @@ class Intake:
             reason = "NEEDS_NAME: a bare tensor, which does not say what it is called; give it a name"
             raise NotAnEmbedding(str(path), reason, "NEEDS_NAME")
         if not KNOWN_WIDTHS.issuperset(file.widths.values()):
-            registered = [record.widths for record in self._registry.checkpoints().values()]
+            registered = [record.widths for record in self.checkpoints()]
             if file.widths not in registered:
                 has = ", ".join(map(str, file.widths.values()))
                 reason = f"BAD_SHAPE: no checkpoint of the farm and no known family has vectors of width {has}"
                 raise NotAnEmbedding(str(path), reason, "BAD_SHAPE")
+
+    def checkpoints(self) -> list[CheckpointRecord]:
+        """Return the farm's checkpoints."""
+        return list(self._registry.checkpoints().values())
 
     def take(
         self, path: Path, name: str | None = None, details: Details | None = None, by: str = ""

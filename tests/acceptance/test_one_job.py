@@ -41,7 +41,8 @@ def test_generate_renders_uploads_and_downloads(farm: Up, tmp_path: Path) -> Non
     images = farm.json("jobs", "images", job)
     assert [i["seed"] for i in images] == [43, 44]
     assert {i["state"] for i in images} == {"succeeded"}
-    assert images[0]["embeddings"] == ["corneo_dva"]
+    (applied,) = images[0]["embeddings"]
+    assert (applied["name"], applied["vectors"], applied["where"]) == ("corneo_dva", 10, ["prompt"])
     files = sorted(tmp_path.iterdir())
     assert [f.name for f in files] == ["00000-43.png", "00001-44.png"]
     with Image.open(files[0]) as picture:
@@ -109,7 +110,7 @@ def test_embedding_added_now_is_used_by_the_next_job(farm: Up, tmp_path: Path) -
 
     images = json.loads(farm.run("generate", "a girl, 新 style-3", "--steps", "2", "--json").stdout)
 
-    assert images[0]["embeddings"] == ["新 style-3"]
+    assert [applied["name"] for applied in images[0]["embeddings"]] == ["新 style-3"]
     assert farm.json("embeddings", "show", "新 style-3")["content_id"] == read_embedding(path).content_id
 
 

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from latentfarm_shared.embeddings.files import EmbeddingFile
     from latentfarm_shared.records import EmbeddingRecord
 
-    from latentfarm.library import EmbeddingCard, Taken
+    from latentfarm.library import EmbeddingCard, Embeddings, Taken
 
 app = typer.Typer(no_args_is_help=True)
 
@@ -29,9 +29,12 @@ Model = Annotated[str, typer.Option("--model", "-m", help="Checkpoint.")]
 @app.command()
 def inspect(
     files: Annotated[list[Path], typer.Argument(help="Files of any kind.", show_default=False)],
+    data: Data = None,
     as_json: Json = False,
 ) -> None:
-    """Say what files hold, by their content; needs no farm. Exit code 1 if one is no embedding.
+    """Say what files hold, by their content. Exit code 1 if one is no embedding.
+
+    Needs no farm; with --data it knows the families of that farm's checkpoints too.
 
     Example:
 
@@ -40,11 +43,13 @@ def inspect(
     from latentfarm_shared.embeddings.sandbox import NotAnEmbedding, Sandbox  # noqa: PLC0415 - keeps --help fast
     from latentfarm_shared.settings import environment_caps  # noqa: PLC0415
 
+    farm = connect(data) if data else None
     rows: list[dict[str, Any]] = []
     with Sandbox(environment_caps()) as sandbox:
         for path in files:
             try:
-                rows += [_inspected(path, file) for file in sandbox.read(path)]
+                found = sandbox.read(path)
+                rows += [_inspected(path, f, farm.embeddings.family(f) if farm else f.family) for f in found]
             except NotAnEmbedding as error:
                 rows.append(_not_taken(path, error.refusal, error.reason))
     if not as_json:
@@ -55,14 +60,14 @@ def inspect(
         raise typer.Exit(1)
 
 
-def _inspected(path: Path, file: EmbeddingFile) -> dict[str, Any]:
+def _inspected(path: Path, file: EmbeddingFile, family: str) -> dict[str, Any]:
     return {
         "file": str(path),
         "ok": True,
         "reason": None,
         "reason_code": None,
         "layout": file.layout,
-        "family": file.family,
+        "family": family,
         "vectors": file.vectors,
         "widths": file.widths,
         "internal_name": file.internal_name,
@@ -121,7 +126,7 @@ def add_embeddings(
         raise InvalidField("kind", f"{kind!r} should be model or negative")
     embeddings = connect(data).embeddings
     taken = [t for s in sources for t in embeddings.add_all(s, name, allow_word=allow_word, kind=kinds[kind])]
-    _show_taken(taken, as_json=as_json)
+    _show_taken(embeddings, taken, as_json=as_json)
 
 
 @app.command("import-a1111")
@@ -137,11 +142,12 @@ def import_a1111(
 
         latentfarm embeddings import-a1111 ~/stable-diffusion-webui/embeddings
     """
-    _show_taken(connect(data).embeddings.import_a1111(folder, allow_word=allow_word), as_json=as_json)
+    embeddings = connect(data).embeddings
+    _show_taken(embeddings, embeddings.import_a1111(folder, allow_word=allow_word), as_json=as_json)
 
 
-def _show_taken(taken: Sequence[Taken], *, as_json: bool) -> None:
-    rows = [row(record) for one in taken for record in one.records]
+def _show_taken(embeddings: Embeddings, taken: Sequence[Taken], *, as_json: bool) -> None:
+    rows = _rows(embeddings, [record for one in taken for record in one.records], as_json=as_json)
     if as_json:
         refused = [{"source": one.source, "error": str(one.error)} for one in taken if one.error]
         typer.echo(json.dumps(rows + refused, ensure_ascii=False))
@@ -161,7 +167,8 @@ def list_embeddings(
     as_json: Json = False,
 ) -> None:
     """List embeddings."""
-    show([row(record) for record in connect(data).embeddings.ls(everything=everything)], as_json=as_json)
+    embeddings = connect(data).embeddings
+    show(_rows(embeddings, embeddings.ls(everything=everything), as_json=as_json), as_json=as_json)
 
 
 @app.command("show")
@@ -172,11 +179,12 @@ def show_embedding(name: Name, data: Data = None, as_json: Json = False) -> None
     holding = sum(record.content_id in farm.ledger.residents(worker.name) for worker in farm.workers())
     card = farm.embeddings.card(name, holding)
     words = farm.nearest_words(record)
-    show([_card(card, words, as_json=as_json)], as_json=as_json, single=True)
+    family = farm.embeddings.family(record)
+    show([_card(card, family, words, as_json=as_json)], as_json=as_json, single=True)
 
 
-def _card(card: EmbeddingCard, words: dict[str, list[list[str]]], *, as_json: bool) -> dict[str, Any]:
-    full = row(card.record) | {
+def _card(card: EmbeddingCard, family: str, words: dict[str, list[list[str]]], *, as_json: bool) -> dict[str, Any]:
+    full = _row(card.record, family) | {
         "internal_name": card.record.internal_name,
         "allow_word": card.record.allow_word,
         "versions": card.versions,
@@ -214,8 +222,8 @@ def alias(
     as_json: Json = False,
 ) -> None:
     """Give an embedding a second name."""
-    record = connect(data).embeddings.alias(name, new, allow_word=allow_word)
-    show([row(record)], as_json=as_json, single=True)
+    embeddings = connect(data).embeddings
+    _show_one(embeddings, embeddings.alias(name, new, allow_word=allow_word), as_json=as_json)
 
 
 @app.command()
@@ -227,8 +235,8 @@ def rename(
     as_json: Json = False,
 ) -> None:
     """Give an embedding another name; the old one is refused from then on, saying the new."""
-    record = connect(data).embeddings.rename(name, new, allow_word=allow_word)
-    show([row(record)], as_json=as_json, single=True)
+    embeddings = connect(data).embeddings
+    _show_one(embeddings, embeddings.rename(name, new, allow_word=allow_word), as_json=as_json)
 
 
 @app.command()
@@ -254,13 +262,15 @@ def disable(
     as_json: Json = False,
 ) -> None:
     """Refuse an embedding to new jobs."""
-    show([row(connect(data).embeddings.disable(name, reason))], as_json=as_json, single=True)
+    embeddings = connect(data).embeddings
+    _show_one(embeddings, embeddings.disable(name, reason), as_json=as_json)
 
 
 @app.command()
 def enable(name: Name, data: Data = None, as_json: Json = False) -> None:
     """Let new jobs have a disabled embedding again."""
-    show([row(connect(data).embeddings.enable(name))], as_json=as_json, single=True)
+    embeddings = connect(data).embeddings
+    _show_one(embeddings, embeddings.enable(name), as_json=as_json)
 
 
 @app.command()
@@ -298,8 +308,8 @@ def merge(
 
         latentfarm embeddings merge "corneo_dva + 0.5*watercolour" --name soft-dva
     """
-    record = connect(data).embeddings.merge(formula, name, allow_word=allow_word)
-    show([row(record)], as_json=as_json, single=True)
+    embeddings = connect(data).embeddings
+    _show_one(embeddings, embeddings.merge(formula, name, allow_word=allow_word), as_json=as_json)
 
 
 @app.command()
@@ -332,12 +342,27 @@ def reindex(data: Data = None, as_json: Json = False) -> None:
     show([counts], as_json=as_json, single=True)
 
 
-def row(record: EmbeddingRecord) -> dict[str, Any]:
-    """Return an embedding as the command line prints it."""
+def _show_one(embeddings: Embeddings, record: EmbeddingRecord, *, as_json: bool) -> None:
+    show(_rows(embeddings, [record], as_json=as_json), as_json=as_json, single=True)
+
+
+SHORT = ("name", "vectors", "family", "kind", "version", "state", "owner")
+
+
+def _rows(embeddings: Embeddings, records: Sequence[EmbeddingRecord], *, as_json: bool) -> list[dict[str, Any]]:
+    """Return embeddings as the command line prints them, in full as JSON."""
+    rows = [_row(record, embeddings.family(record)) for record in records]
+    if as_json:
+        return rows
+    owned = any(row["owner"] for row in rows)
+    return [{key: row[key] for key in SHORT if key != "owner" or owned} for row in rows]
+
+
+def _row(record: EmbeddingRecord, family: str) -> dict[str, Any]:
     return {
         "name": record.name,
         "vectors": record.vectors,
-        "family": record.family,
+        "family": family,
         "kind": record.kind,
         "widths": record.widths,
         "layout": record.layout,
