@@ -49,6 +49,7 @@ class EmbeddingCard:
     aliases: list[str]
     versions: list[str]
     pinned_by: int
+    used_by: int
     resident_on: int
     duplicates: list[tuple[str, float]]
     has_preview: bool
@@ -242,6 +243,7 @@ class Embeddings:
             aliases=[n.record.name for n in names.values() if n.alias_of == key and n.state == "active"],
             versions=[v.record.version for v in self.library.history(record.owner, record.name) if v.state == "active"],
             pinned_by=self.library.pins(key),
+            used_by=self.library.use_count(record.content_id),
             resident_on=resident_on,
             duplicates=[pair for pair in self.near(name) if pair[1] > 0.98],
             has_preview=self.library.preview(record.content_id) is not None,

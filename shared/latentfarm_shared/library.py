@@ -241,6 +241,11 @@ class EmbeddingLibrary:
         with translated():
             return [name.decode() for name in self._ledger.redis.zrevrange("lf:used", 0, -1)]
 
+    def use_count(self, content_id: str) -> int:
+        """Return how many jobs ever used an embedding."""
+        with translated():
+            return int(self._ledger.redis.zscore("lf:used", content_id) or 0)
+
     def pins(self, key: str) -> int:
         """Return how many unfinished jobs use a name."""
         with translated():

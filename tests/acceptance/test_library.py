@@ -12,10 +12,12 @@ from demo_checkpoint.captions import portrait_tags
 from demo_checkpoint.classify import check
 from demo_checkpoint.inversion import CHARACTER
 from latentfarm import Farm
+from latentfarm_demo import CHECKPOINT
 from latentfarm_shared.infotext import read_png
+from latentfarm_shared.prompts.tokens import ClipTokenizer
 from latentfarm_shared.specs import JobSpec
 from PIL import Image
-from safetensors.numpy import save
+from safetensors.numpy import load_file, save
 
 from tests.acceptance.conftest import LATENTFARM, Up, clean_environment, eventually, start_up
 
@@ -96,23 +98,27 @@ def test_missing_embedding_may_be_done_without_and_the_record_says_so(farm: Up) 
     assert (written.prompt, written.fields["Dropped embeddings"]) == ("masterpiece", "gone-1")
 
 
-def test_adding_a_word_while_jobs_wait_changes_no_pixel(farm: Up, tmp_path: Path) -> None:
-    sdk = Farm.from_env(farm.data)
-    prompt = "masterpiece, 1girl, blue hair"
-    before = sdk.generate(prompt, seed=11, steps=8)
-    before.wait(60)
-    waiting = [sdk.generate(prompt, seed=11, steps=8, lane="batch") for _ in range(3)]
-    sdk.embeddings.add(write(tmp_path / "blue.safetensors", 5), allow_word=True)
+def test_adding_a_word_while_jobs_wait_changes_no_pixel(tmp_path: Path) -> None:
+    up = start_up(tmp_path / "strict", environ={"LATENTFARM_DETERMINISM": "strict"})
+    try:
+        sdk = Farm.from_env(up.data)
+        prompt = "masterpiece, 1girl, blue hair"
+        before = sdk.generate(prompt, seed=11, steps=8)
+        before.wait(60)
+        waiting = [sdk.generate(prompt, seed=11, steps=8, lane="batch") for _ in range(12)]
+        added = sdk.embeddings.add(write(tmp_path / "blue.safetensors", 5), allow_word=True)
+        assert sum(not job.status().is_final for job in waiting) > 1
 
-    for job in waiting:
-        job.wait(60)
-    after = sdk.generate(prompt, seed=11, steps=8)
-    after.wait(60)
+        for job in waiting:
+            job.wait(60)
+        after = sdk.generate(prompt, seed=11, steps=8)
+        after.wait(60)
 
-    assert {job.images[0].png() for job in waiting} == {before.images[0].png()}
-    assert [e.name for e in after.lock.embeddings] == ["blue"]
-    assert after.images[0].png() != before.images[0].png()
-    sdk.embeddings.rm("blue")
+        assert {job.images[0].png() for job in waiting} == {before.images[0].png()}
+        assert [e.content_id for e in after.lock.embeddings] == [added.content_id]
+        assert after.images[0].png() != before.images[0].png()
+    finally:
+        assert up.stop() == 0
 
 
 def test_preview_measures_and_sweep_lays_out(farm: Up, tmp_path: Path) -> None:
@@ -120,9 +126,10 @@ def test_preview_measures_and_sweep_lays_out(farm: Up, tmp_path: Path) -> None:
     assert shown["effect"] > 0.05
     assert not shown["dead"]
     assert farm.json("embeddings", "show", "corneo_dva")["preview"]
-    dead = tmp_path / "dead-1.safetensors"
-    dead.write_bytes(save({"emb_params": np.zeros((1, 128), np.float32)}))
-    farm.run("embeddings", "add", str(dead))
+    comma = write_word(",", tmp_path)
+    farm.run("embeddings", "add", str(comma))
+    nothing = farm.json("embeddings", "preview", "comma-1")
+    assert nothing["effect"] < shown["effect"] / 3
 
     swept = farm.json(
         "embeddings", "sweep", "corneo_dva", "--strength", "0,1", "--seeds", "2", "-o", str(tmp_path / "s.png")
@@ -135,6 +142,16 @@ def test_preview_measures_and_sweep_lays_out(farm: Up, tmp_path: Path) -> None:
     assert [image["point"] for image in images] == [
         {"strength:corneo_dva": s, "seed": n} for s in (0, 1) for n in (43, 44)
     ]
+
+
+def write_word(word: str, folder: Path) -> Path:
+    """Write an embedding that is nothing but the vector of a word, so that it hardly changes a picture."""
+    weights = load_file(CHECKPOINT / "text_encoder" / "model.safetensors")
+    table = next(tensor for key, tensor in weights.items() if key.endswith("token_embedding.weight"))
+    tokenizer = ClipTokenizer(CHECKPOINT / "tokenizer" / "vocab.json", CHECKPOINT / "tokenizer" / "merges.txt")
+    path = folder / "comma-1.safetensors"
+    path.write_bytes(save({"emb_params": np.asarray(table[tokenizer.encode(word)], np.float32)}))
+    return path
 
 
 def test_workers_follow_adds_and_replaces_while_jobs_run(tmp_path: Path) -> None:

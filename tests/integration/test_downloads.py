@@ -6,6 +6,7 @@ import socket
 import threading
 import time
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
@@ -280,6 +281,27 @@ def test_download_that_breaks_off_goes_on_where_it_ended(
     assert civitai.embeddings.add("civitai:9208").vectors == 4
     assert ranges == [None, "bytes=700-", "bytes=1400-", "bytes=2100-"][: len(ranges)]
     assert len(ranges) > 2
+
+
+def test_body_that_drips_is_left_in_the_end(civitai: Farm, site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(downloads, "TOTAL_S", 0.3)
+
+    def answer(handler: BaseHTTPRequestHandler) -> None:
+        handler.send_response(200)
+        handler.send_header("Content-Length", str(len(DATA)))
+        handler.end_headers()
+        with suppress(OSError):
+            for start in range(0, len(DATA), 16):
+                handler.wfile.write(DATA[start : start + 16])
+                time.sleep(0.02)
+
+    site.answers["/api/download/models/9208"] = answer
+    began = time.monotonic()
+
+    with pytest.raises(Unavailable, match="slower than"):
+        civitai.embeddings.add("civitai:9208")
+
+    assert time.monotonic() - began < 5
 
 
 def test_server_that_ignores_ranges_is_believed_from_the_start(civitai: Farm, site: Site) -> None:

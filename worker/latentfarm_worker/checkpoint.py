@@ -155,7 +155,7 @@ class Checkpoint:
 
     def encode_live(self, chunks: Sequence[Chunk], bank: VectorSource) -> list[Conditioning]:
         """Encode texts of one chunk each, uncached, in float32 and with gradients toward the vectors of `bank`."""
-        answers = [encoder.encode(chunks, 1, bank) for encoder in self._parts.encoders]
+        answers = [encoder.encode(chunks, 1, bank) for encoder in self._precise_encoders()]
         tokens = torch.cat([answer.states.float().to(self.device) for answer in answers], dim=-1)
         pooled = answers[-1].pooled
         return [Conditioning(t, None if pooled is None else pooled[i].float()) for i, t in enumerate(tokens)]
@@ -278,6 +278,15 @@ class Checkpoint:
             self._precise[name] = copy.deepcopy(original).float()
             self._tiled[id(self._precise[name])] = self._tiled.get(id(module), False)
         return self._precise[name]
+
+    def _precise_encoders(self) -> Sequence[TextEncoder]:
+        """Return the text encoders in float32, copied when first needed: gradients underflow in float16."""
+        if self.is_precise:
+            return self._parts.encoders
+        for encoder in self._parts.encoders:
+            if encoder.name not in self._precise:
+                self._precise[encoder.name] = copy.deepcopy(encoder.module).float()
+        return [encoder.around(self._precise[encoder.name]) for encoder in self._parts.encoders]
 
     def _set_tiling(self, module: nn.Module, *, tiling: bool) -> None:
         """Let convolutions wrap around, so that pictures tile (A1111's Tiling)."""

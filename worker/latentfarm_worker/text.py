@@ -51,6 +51,10 @@ class TextEncoder:
         self._core = getattr(module, "text_model", module)
         self._projection = getattr(module, "text_projection", None)
 
+    def around(self, module: Any) -> TextEncoder:
+        """Return the same encoder with another module, such as a copy in another number format."""
+        return TextEncoder(module, self.name, self._bank, self._traits)
+
     def token_table(self) -> Tensor:
         """Return the input embeddings of the vocabulary, `[tokens, width]`."""
         table: Tensor = self._core.get_input_embeddings().weight

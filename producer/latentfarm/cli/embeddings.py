@@ -189,6 +189,7 @@ def _card(card: EmbeddingCard, family: str, words: dict[str, list[list[str]]], *
         "allow_word": card.record.allow_word,
         "versions": card.versions,
         "aliases": card.aliases,
+        "jobs": card.used_by,
         "unfinished_jobs": card.pinned_by,
         "resident_on_workers": card.resident_on,
         "preview": card.has_preview,

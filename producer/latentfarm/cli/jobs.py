@@ -55,6 +55,9 @@ def generate(  # noqa: PLR0917 - typer turns each into an option
     option: Annotated[
         list[str] | None, typer.Option("--set", help="Sampler setting as NAME=VALUE, such as eta=0.5; may be repeated.")
     ] = None,
+    on_missing: Annotated[
+        str | None, typer.Option("--on-missing", help="Embeddings that are not there: fail, warn or drop; fail.")
+    ] = None,
     count: Annotated[int, typer.Option("--count", "-c", help="How many images, seeds counting up.")] = 1,
     output: Annotated[Path | None, typer.Option("--output", "-o", help="Save the pictures in this folder.")] = None,
     detach: Annotated[bool, typer.Option("--detach", help="Print the id and do not wait.")] = False,
@@ -79,7 +82,7 @@ def generate(  # noqa: PLR0917 - typer turns each into an option
     given = {
         "prompt": prompt, "negative_prompt": negative_prompt, "model": model, "sampler": sampler, "schedule": schedule,
         "steps": steps, "cfg_scale": cfg, "seed": seed, "clip_skip": clip_skip, "rng": rng, "emphasis": emphasis,
-        "tiling": tiling, "count": count, "embeddings": [EmbeddingUse.parse(use) for use in embedding or []],
+        "tiling": tiling, "on_missing": on_missing, "count": count, "embeddings": [EmbeddingUse.parse(use) for use in embedding or []],
     }  # fmt: skip
     second = {
         "scale": hires, "upscaler": hires_upscaler, "steps": hires_steps, "denoising_strength": denoising,
@@ -106,6 +109,8 @@ def generate(  # noqa: PLR0917 - typer turns each into an option
     if detach:
         _print_ids([job], as_json=as_json)
         return
+    for dropped in job.lock.dropped:
+        typer.echo(f"latentfarm: {dropped.field}: goes on without {dropped.name!r}: {dropped.reason}", err=True)
     _follow(job, timeout)
     if output:
         _save(job, output)

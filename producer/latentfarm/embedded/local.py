@@ -113,13 +113,13 @@ class LocalFarm:
     def _register_demo(self) -> None:
         from latentfarm_demo import CHECKPOINT, EMBEDDINGS  # noqa: PLC0415 - only in the extra
 
-        known = {record.name for record in self.farm.models.ls()}
-        if "demo" not in known:
-            self.farm.models.add(CHECKPOINT, "demo")
-        held = {record.name for record in self.farm.embeddings.ls()}
+        everybodys = Farm(self.farm.settings, owner="")
+        if "demo" not in {record.name for record in everybodys.models.ls()}:
+            everybodys.models.add(CHECKPOINT, "demo")
+        held = {record.name for record in everybodys.embeddings.ls(everything=True)}
         for path in sorted(EMBEDDINGS.glob("*.pt")):
             if path.stem not in held:
-                self.farm.embeddings.add(path)
+                everybodys.embeddings.add(path)
 
     def _start_worker(self, number: int) -> Child:
         command = [sys.executable, "-m", "latentfarm_worker", "--data", str(self.data)]
