@@ -16,7 +16,7 @@ from urllib.parse import parse_qs, urlsplit, urlunsplit
 
 from latentfarm_shared.errors import FarmError, InvalidField, Unavailable, UnreadableFile
 from latentfarm_shared.intake import as_png
-from latentfarm_shared.library import Details, side_details
+from latentfarm_shared.sources import Details, Kind, read_side
 
 from latentfarm.downloads import Downloader, Fetched
 
@@ -136,8 +136,9 @@ class Civitai:
                 raise UnreadableFile(source, f"Civitai's scan calls {file.get('name')!r} dangerous ({scan})")
         hashes = file.get("hashes")
         sha256 = str((hashes if isinstance(hashes, dict) else {}).get("SHA256") or "").lower() or None
-        told = {key: value for key, value in side_details(json.dumps(version)).items() if value and key != "kind"}
-        details = Details(origin=source, kind="Negative" if file.get("type") == "Negative" else "Model", **told)
+        about, _ = read_side(json.dumps(version))
+        kind: Kind = "Negative" if file.get("type") == "Negative" else "Model"
+        details = Details(origin=source, kind=kind, about=about)
         images = [i for i in version.get("images") or () if isinstance(i, dict) and i.get("type", "image") == "image"]
         url = self._own(str(file.get("downloadUrl") or version.get("downloadUrl") or ""))
         return CivitaiFile(

@@ -6,7 +6,7 @@ import io
 from collections.abc import Mapping, Sequence
 from itertools import product
 
-from latentfarm_shared.specs import JobSpec
+from latentfarm_shared.specs import JobSpec, Value
 from PIL import Image, ImageDraw, ImageFont
 
 MARGIN, LINE, INK, PAPER = 12, 18, (30, 30, 34), (250, 250, 248)
@@ -76,10 +76,17 @@ def _row_labels(spec: JobSpec) -> list[str]:
     """Return a label for every image at one value of the first axis, in order of index."""
     others = spec.axes[1:]
     points = product(*([_label(axis.field, value) for value in axis.values] for axis in others))
-    counted = [f"seed {spec.seed + number}" for number in range(spec.count)] if spec.count > 1 or not others else [""]
+    counted = [_seed_label(spec, number) for number in range(spec.count)] if spec.count > 1 or not others else [""]
     return [", ".join(filter(None, (*point, seed))) for point in points for seed in counted]
 
 
-def _label(field: str, value: float | str) -> str:
+def _seed_label(spec: JobSpec, number: int) -> str:
+    """Name one of the images at a point: by its seed, or how far it is from the one that an axis gives."""
+    if any(axis.field == "seed" for axis in spec.axes):
+        return f"seed + {number}" if spec.count > 1 else ""
+    return f"seed {spec.seed + number}"
+
+
+def _label(field: str, value: Value) -> str:
     shown = f"{value:g}" if isinstance(value, float | int) else value
     return f"{field.removeprefix('strength:').removeprefix('replace:')} {shown}"[:60]

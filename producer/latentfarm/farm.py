@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import secrets
+import time
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -14,7 +15,7 @@ from latentfarm_shared.intake import Intake
 from latentfarm_shared.ledger import Ledger, WorkerStatus
 from latentfarm_shared.ledger.ledger import queue_name
 from latentfarm_shared.library import EmbeddingLibrary, name_key
-from latentfarm_shared.prompts.contract import Contract, refuse_changing
+from latentfarm_shared.prompts.contract import Contract
 from latentfarm_shared.records import CheckpointRecord, EmbeddingRecord, Lock
 from latentfarm_shared.registry import Registry
 from latentfarm_shared.settings import Settings
@@ -129,9 +130,13 @@ class Farm:
             UsageError: an embedding that is missing, misspelt or does not fit; an unknown model.
         """
         checkpoint = self.registry.checkpoint(spec.model)
+        if spec.pack is not None:
+            self.embeddings.refuse_name(spec.pack.name, allow_word=spec.pack.allow_word)
         settled = self._contract(checkpoint).settle(spec)
         final = JobSpec.check(settled.spec.model_dump() | drawn_seeds(spec, secrets.randbelow))
-        used = {"embeddings": settled.embeddings, "dropped": settled.dropped, "owner": self.owner}
+        used = {
+            "embeddings": settled.embeddings, "dropped": settled.dropped, "owner": self.owner, "frozen_at": time.time(),
+        }  # fmt: skip
         return final, Lock.model_validate({"checkpoint": checkpoint} | used)
 
     def _contract(self, checkpoint: CheckpointRecord) -> Contract:
@@ -167,7 +172,7 @@ class Farm:
         queue = queue_name(spec.lane, lock.checkpoint.hash)
         with suppress(Unavailable):  # the job is written down; a sweeper rings within a second
             ring(self._celery, queue, self.ledger.ring(queue))
-        return Job(self.ledger, self.store, job_id)
+        return Job(self.ledger, self.store, self._vocabularies, job_id)
 
     def pack(
         self, prompt: str, name: str, *, vectors: int = 8, negative: bool = False, steps: int = 500, model: str = "demo",
@@ -181,11 +186,8 @@ class Farm:
         Raises:
             UsageError: the name cannot be used, or the prompt changes while it is drawn.
         """
-        self.embeddings.refuse_name(name, allow_word=allow_word)
         pack = Pack(name=name, vectors=vectors, negative=negative, steps=steps, allow_word=allow_word)
-        spec = pack_spec(prompt, pack, model, size, seed)
-        refuse_changing(spec)
-        return self.submit(spec)
+        return self.submit(pack_spec(prompt, pack, model, size, seed))
 
     def preview(
         self, name: str, *, model: str = "demo", prompt: str = PREVIEW_PROMPT, timeout_s: float | None = None
@@ -212,13 +214,13 @@ class Farm:
             UnknownName: there is none.
         """
         matches = [s.id for s in self.ledger.jobs(limit=1000) if s.id.startswith(job_id)] if len(job_id) < 16 else []
-        job = Job(self.ledger, self.store, matches[0] if len(matches) == 1 else job_id)
+        job = Job(self.ledger, self.store, self._vocabularies, matches[0] if len(matches) == 1 else job_id)
         job.status()
         return job
 
     def jobs(self, limit: int = 50) -> list[Job]:
         """Return the newest jobs first."""
-        return [Job(self.ledger, self.store, status.id) for status in self.ledger.jobs(limit)]
+        return [Job(self.ledger, self.store, self._vocabularies, status.id) for status in self.ledger.jobs(limit)]
 
     def nearest_words(self, record: EmbeddingRecord, count: int = 3) -> dict[str, list[list[str]]]:
         """Return, for each checkpoint it fits whose word vectors lie in the store, each vector's nearest words."""

@@ -14,8 +14,9 @@ from latentfarm_shared.infotext import format_infotext
 from latentfarm_shared.ledger import ImageState, JobStatus, Ledger
 from latentfarm_shared.prompts.mentions import AppliedEmbedding, applied_embeddings
 from latentfarm_shared.records import Lock
-from latentfarm_shared.specs import ImageSpec, JobSpec, expand
+from latentfarm_shared.specs import ImageSpec, JobSpec, Value, expand
 from latentfarm_shared.storage import ObjectStore
+from latentfarm_shared.vocabularies import Vocabularies
 
 POLL_S = (0.05, 0.5)
 PAGE = 1000
@@ -59,6 +60,7 @@ class FarmImage:
     state: ImageState
     spec: JobSpec
     lock: Lock
+    vocabularies: Vocabularies
 
     @cached_property
     def image(self) -> ImageSpec:
@@ -71,7 +73,7 @@ class FarmImage:
         return self.image.seed
 
     @property
-    def point(self) -> dict[str, float | str]:
+    def point(self) -> dict[str, Value]:
         """Where it lies on the job's axes."""
         return self.spec.point(self.index // self.spec.count)
 
@@ -88,12 +90,14 @@ class FarmImage:
     @property
     def parameters(self) -> str:
         """The infotext, as written into the picture."""
-        return format_infotext(self.image, self.lock)
+        return format_infotext(self.image, self.lock, [applied.record for applied in self.embeddings])
 
-    @property
+    @cached_property
     def embeddings(self) -> list[AppliedEmbedding]:
         """The embeddings applied to it, and in which prompts."""
-        return applied_embeddings(self.image, self.lock)
+        if not self.lock.embeddings:
+            return []
+        return applied_embeddings(self.image, self.lock, self.vocabularies.of(self.lock.checkpoint))
 
     @property
     def error(self) -> dict[str, str] | None:
@@ -137,9 +141,9 @@ class FarmImage:
 class Job:
     """A job on the farm, by its id."""
 
-    def __init__(self, ledger: Ledger, store: ObjectStore, job_id: str) -> None:
+    def __init__(self, ledger: Ledger, store: ObjectStore, vocabularies: Vocabularies, job_id: str) -> None:
         """Hold the job; nothing is asked yet."""
-        self.ledger, self.store, self.id = ledger, store, job_id
+        self.ledger, self.store, self.vocabularies, self.id = ledger, store, vocabularies, job_id
 
     def __repr__(self) -> str:
         """Show the id."""
@@ -206,7 +210,8 @@ class Job:
             last = min(first + PAGE, stop)
             states = self.ledger.image_states(self.id, first, last)
             for offset, state in enumerate(states):
-                yield FarmImage(self.ledger, self.store, self.id, first + offset, state, self.spec, self.lock)
+                index = first + offset
+                yield FarmImage(self.ledger, self.store, self.id, index, state, self.spec, self.lock, self.vocabularies)
 
     def download(self, folder: str | Path) -> list[Path]:
         """Save every finished image as `<index>-<seed>.png`; return the files."""

@@ -6,7 +6,6 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Literal
 
 import numpy as np
 from latentfarm_shared.checkpoints import (
@@ -21,10 +20,11 @@ from latentfarm_shared.embeddings.export import FORMATS, exported
 from latentfarm_shared.embeddings.files import EmbeddingFile
 from latentfarm_shared.errors import FarmError, InvalidField, UsageError
 from latentfarm_shared.intake import Intake, beside, embedding_paths, find_pairs
-from latentfarm_shared.library import Details, EmbeddingLibrary, Source, check_name, name_key
+from latentfarm_shared.library import EmbeddingLibrary, check_name, name_key
 from latentfarm_shared.records import CheckpointRecord, EmbeddingRecord
 from latentfarm_shared.registry import Registry
 from latentfarm_shared.settings import Settings
+from latentfarm_shared.sources import Details, Kind, Source
 
 from latentfarm.civitai import Civitai, is_civitai
 from latentfarm.downloads import Downloader
@@ -71,7 +71,7 @@ class Embeddings:
 
     def add(
         self, source: str | Path, name: str | None = None, *, allow_word: bool = False,
-        kind: Literal["Model", "Negative"] | None = None,
+        kind: Kind | None = None,
     ) -> EmbeddingRecord:  # fmt: skip
         """Take the one embedding at a path or address, under `name` or its file's stem.
 
@@ -95,7 +95,7 @@ class Embeddings:
 
     def add_all(
         self, source: str | Path, name: str | None = None, *, allow_word: bool = False,
-        kind: Literal["Model", "Negative"] | None = None,
+        kind: Kind | None = None,
     ) -> list[Taken]:  # fmt: skip
         """Take every embedding at a path, which may be a folder, or at an address; a file that is refused stops none.
 
@@ -241,7 +241,7 @@ class Embeddings:
             norms={e: [round(float(n), 4) for n in np.linalg.norm(t, axis=1)] for e, t in file.tensors.items()},
             sources=self.library.sources(record.content_id),
             aliases=[n.record.name for n in names.values() if n.alias_of == key and n.state == "active"],
-            versions=[v.record.version for v in self.library.history(record.owner, record.name) if v.state == "active"],
+            versions=[v.record.version for v in self.library.history(key) if v.state == "active"],
             pinned_by=self.library.pins(key),
             used_by=self.library.use_count(record.content_id),
             resident_on=resident_on,

@@ -93,7 +93,7 @@ def sweep_spec(record: EmbeddingRecord, model: str, prompt: str, strengths: Sequ
 
 
 def _seed_axis(seeds: int) -> Axis:
-    return Axis(field="seed", values=tuple(float(PREVIEW_SEED + number) for number in range(seeds)))
+    return Axis(field="seed", values=tuple(PREVIEW_SEED + number for number in range(seeds)))
 
 
 def sheet_of(job: Job) -> Image.Image:

@@ -17,7 +17,7 @@ def image_key(job: str, index: int) -> str:
 def content_id(image: ImageSpec, lock: Lock) -> str:
     """Return the sha256 of everything that decides an image's pixels."""
     request = image.job.model_dump(
-        exclude={"embeddings", "model", "count", "lane", "seed", "on_missing", "axes", "pack"}
+        exclude={"embeddings", "model", "count", "lane", "seed", "on_missing", "axes", "without", "pack"}
     )
     embeddings = {e.name.lower(): e.content_id for e in lock.embeddings}
     decides = {"request": request, "seed": image.seed, "checkpoint": lock.checkpoint.hash, "embeddings": embeddings}

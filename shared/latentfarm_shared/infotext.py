@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import math
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,8 +16,7 @@ from latentfarm_shared import __version__
 from latentfarm_shared.errors import InvalidField
 from latentfarm_shared.names import TRAITS, effective_schedule
 from latentfarm_shared.png import png_texts
-from latentfarm_shared.prompts.mentions import applied_embeddings
-from latentfarm_shared.records import Lock
+from latentfarm_shared.records import EmbeddingRecord, Lock
 from latentfarm_shared.specs import HiresFix, ImageSpec, JobSpec, SamplingOptions
 
 KEYWORD = "parameters"
@@ -70,10 +70,16 @@ def quote(value: object) -> str:
     return json.dumps(text, ensure_ascii=False) if unsafe or any(c in text for c in ",:\n") else text
 
 
-def format_infotext(image: ImageSpec, lock: Lock) -> str:
-    """Describe an image so that A1111 and its readers understand it; every embedding stands once in `TI hashes`."""
+def format_infotext(image: ImageSpec, lock: Lock, used: Sequence[EmbeddingRecord] | None = None) -> str:
+    """Describe an image so that A1111 and its readers understand it; every embedding stands once in `TI hashes`.
+
+    `used` are the embeddings of the image's own prompts, by default all that its job has; images of sweeps differ.
+    """
     job = image.job
-    fields = _fixed_fields(image, lock) | _hires_fields(job) | _embedding_fields(image, lock) | _option_fields(job)
+    hashed = lock.embeddings if used is None else used
+    fields = (
+        _fixed_fields(image, lock) | _hires_fields(job) | _embedding_fields(job, lock, hashed) | _option_fields(job)
+    )
     fields |= _exact_prompts(job) | {"Version": f"latentfarm {__version__}"}
     line = ", ".join(f"{key}: {quote(value)}" for key, value in fields.items() if value is not None)
     return _text(job, line)
@@ -136,9 +142,7 @@ def _hires_fields(job: JobSpec) -> dict[str, Any]:
     }
 
 
-def _embedding_fields(image: ImageSpec, lock: Lock) -> dict[str, Any]:
-    job = image.job
-    used = [found.record for found in applied_embeddings(image, lock)]
+def _embedding_fields(job: JobSpec, lock: Lock, used: Sequence[EmbeddingRecord]) -> dict[str, Any]:
     names = (f"{e.name.replace(':', '').replace(',', '')}: {e.ti_hash}" for e in used)
     dropped = (item.name.replace(",", "") for item in lock.dropped)
     texts = "".join(text for _, text in job.prompts)

@@ -10,9 +10,10 @@ from pathlib import Path
 from latentfarm_shared.embeddings.files import EmbeddingFile
 from latentfarm_shared.embeddings.sandbox import NotAnEmbedding, Sandbox
 from latentfarm_shared.errors import InvalidField
-from latentfarm_shared.library import Details, EmbeddingLibrary, side_details
+from latentfarm_shared.library import EmbeddingLibrary
 from latentfarm_shared.records import CheckpointRecord, EmbeddingRecord
 from latentfarm_shared.registry import Registry
+from latentfarm_shared.sources import About, Details, read_side
 from latentfarm_shared.vocabularies import Vocabularies
 
 KNOWN_WIDTHS = frozenset({768, 1024, 1280, 4096})
@@ -125,17 +126,17 @@ def is_candidate(path: Path) -> bool:
 
 def beside(path: Path) -> Details:
     """Return what the files beside an embedding say of it: `.civitai.info`, A1111's `.json` and `.txt`, a preview."""
-    told: dict[str, object] = {}
-    for suffix in (".json", ".civitai.info"):
-        side = path.with_name(path.stem + suffix)
+    about, kind = About(), None
+    for suffix in (".civitai.info", ".json"):
         try:
-            told |= {key: value for key, value in side_details(side.read_text(encoding="utf-8-sig")).items() if value}
+            said, meant = read_side(path.with_name(path.stem + suffix).read_text(encoding="utf-8-sig"))
         except (OSError, ValueError):
             continue
+        about, kind = about.over(said), kind or meant
     text = path.with_suffix(".txt")
-    if not told.get("description") and text.is_file():
-        told["description"] = text.read_text(encoding="utf-8", errors="replace")[:4000]
-    return replace(Details(origin=str(path)), preview=_preview(path), **told)  # type: ignore[arg-type]
+    if text.is_file():
+        about = about.over(About(description=text.read_text(encoding="utf-8", errors="replace")[:4000]))
+    return Details(origin=str(path), kind=kind, preview=_preview(path), about=about)
 
 
 def _preview(path: Path) -> bytes:

@@ -13,12 +13,11 @@ name. The index follows last, and is rebuilt from S3 by `reindex`.
 from __future__ import annotations
 
 import hashlib
-import json
 import re
-from collections.abc import Iterator, Mapping
+import time
+import unicodedata
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
-from datetime import UTC, datetime
 from typing import Any, Literal
 from urllib.parse import quote
 
@@ -28,6 +27,7 @@ from latentfarm_shared.embeddings.files import EmbeddingFile, from_normalised
 from latentfarm_shared.errors import EmbeddingInUse, InvalidField, UnknownName
 from latentfarm_shared.ledger.ledger import Ledger, translated
 from latentfarm_shared.records import EmbeddingRecord
+from latentfarm_shared.sources import Details, Source
 from latentfarm_shared.storage import MissingObject, ObjectStore
 
 NAMES, CHANGES = "lf:names", "lf:names:changes"
@@ -36,40 +36,11 @@ _VERSION = re.compile(r"(?P<name>.+)@(?P<version>[0-9a-fA-F]{8,64})")
 _READERS = 16
 
 
-class Source(BaseModel):
-    """A file an embedding came from, and what was known of it. Its hashes are those of other programs."""
-
-    model_config = ConfigDict(frozen=True, extra="ignore")
-
-    file_name: str
-    file_sha256: str
-    stem: str
-    layout: str
-    internal_name: str | None = None
-    legacy_checksum: str | None = None
-    size: int = 0
-    origin: str = ""
-    added: str = ""
-    trained_words: tuple[str, ...] = ()
-    base_model: str = ""
-    licence: str = ""
-    link: str = ""
-    description: str = ""
-    air: str = ""
-
-    @property
-    def autov2(self) -> str:
-        """Civitai's AutoV2: ten digits of the file's sha256."""
-        return self.file_sha256[:10]
-
-    @property
-    def ti_hash(self) -> str:
-        """A1111's hash in `TI hashes`: twelve digits of the file's sha256."""
-        return self.file_sha256[:12]
-
-
 class NameRecord(BaseModel):
-    """One version of a name: what it stands for, or whose `alias_of` it is (a key)."""
+    """One version of a name: what it stands for, or whose `alias_of` it is (a key).
+
+    `since` is when the name was first given, in seconds since 1970; `renamed_from` the key it had before; `by` who asked.
+    """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -77,24 +48,16 @@ class NameRecord(BaseModel):
     state: Literal["active", "disabled", "removed"] = "active"
     record: EmbeddingRecord
     alias_of: str = ""
+    renamed_from: str = ""
+    since: float = 0.0
     by: str = ""
 
-
-@dataclass(frozen=True)
-class Details:
-    """What comes with a file besides its tensors."""
-
-    data: bytes = b""
-    origin: str = ""
-    kind: Literal["Model", "Negative"] | None = None
-    allow_word: bool = False
-    preview: bytes = b""
-    trained_words: tuple[str, ...] = ()
-    base_model: str = ""
-    licence: str = ""
-    link: str = ""
-    description: str = ""
-    air: str = ""
+    def changed(self, **changes: Any) -> NameRecord:
+        """Return the next version: the same but for some fields, of its record too."""
+        own = {name: value for name, value in changes.items() if name in NameRecord.model_fields}
+        rest = {name: value for name, value in changes.items() if name not in own}
+        record = self.record.model_copy(update=rest | ({"state": own["state"]} if "state" in own else {}))
+        return self.model_copy(update=own | {"number": self.number + 1, "record": record})
 
 
 def object_key(content_id: str) -> str:
@@ -109,7 +72,7 @@ def preview_key(content_id: str) -> str:
 
 def name_key(owner: str, name: str) -> str:
     """Return a name's key in the index; the farm's own names have no owner. Case does not count, as in prompts."""
-    return f"{owner}/{name.strip().lower()}"
+    return f"{owner}/{unicodedata.normalize('NFC', name.strip()).lower()}"
 
 
 def check_name(name: str, kind: str) -> str:
@@ -118,7 +81,7 @@ def check_name(name: str, kind: str) -> str:
     Raises:
         InvalidField: empty, too long, or holding characters that prompts or keys cannot.
     """
-    name = name.strip()
+    name = unicodedata.normalize("NFC", name.strip())
     if not 1 <= len(name) <= 120 or not name.isprintable() or any(c in name for c in "/\\:<>@"):
         raise InvalidField(
             f"{kind} name", f"{name[:40]!r} should be 1 to 120 printable characters without / \\ : < > @"
@@ -158,12 +121,12 @@ class EmbeddingLibrary:
         entries = found[0][1] if found else []
         return (entries[-1][0] if entries else after), {fields[b"name"].decode() for _, fields in entries}
 
-    def visible(self, owner: str = "") -> dict[str, EmbeddingRecord]:
+    def visible(self, owner: str = "", at: float | None = None) -> dict[str, EmbeddingRecord]:
         """Return every embedding `owner` can name, by name in lower case: their own, else, or once removed, the farm's.
 
-        Those disabled or removed are among them, marked so.
+        Those disabled or removed are among them, marked so. Names given after `at` (seconds since 1970) are left out.
         """
-        names = self.names()
+        names = {key: entry for key, entry in self.names().items() if at is None or entry.since <= at}
         found: dict[str, EmbeddingRecord] = {}
         for key in names:
             whose, _, lower = key.partition("/")
@@ -202,15 +165,22 @@ class EmbeddingLibrary:
         if versioned is None:
             return record
         wanted = versioned["version"].lower()
-        for version in self.history(record.owner, plain):
+        key = name_key(record.owner, plain)
+        for version in self.history(self.names()[key].alias_of or key):
             if version.record.content_id.startswith(wanted) or version.record.file_sha256.startswith(wanted):
                 return version.record.model_copy(update={"name": record.name, "state": record.state})
         raise UnknownName("version", name.strip())
 
-    def history(self, owner: str, name: str) -> Iterator[NameRecord]:
-        """Yield every version of a name, the newest first."""
-        for key in sorted(self._store.keys(_folder(owner, name)), reverse=True):
-            yield NameRecord.model_validate_json(self._store.get(key))
+    def history(self, key: str) -> Iterator[NameRecord]:
+        """Yield every version of a name, the newest first, under the names it had before too."""
+        seen: set[str] = set()
+        while key and key not in seen:
+            seen.add(key)
+            version = None
+            for place in sorted(self._store.keys(_folder(key)), reverse=True):
+                version = NameRecord.model_validate_json(self._store.get(place))
+                yield version
+            key = version.renamed_from if version is not None else ""
 
     def sources(self, content_id: str) -> list[Source]:
         """Return the files an embedding came from, the oldest first."""
@@ -273,11 +243,19 @@ class EmbeddingLibrary:
         details = details or Details()
         name = check_name(name or file.stem, "embedding")
         self._put_content(file, details)
-        before = self.names().get(name_key(owner, name))
-        kind = details.kind or (before.record.kind if before else None) or self._told_kind(file)
-        allowed = details.allow_word or (before is not None and before.record.allow_word)
-        record = file.record(name).model_copy(update={"owner": owner, "kind": kind, "allow_word": allowed})
-        return self._put_name(record, by=by)
+        fresh = file.record(name).model_copy(update={"owner": owner})
+
+        def version(before: NameRecord | None) -> NameRecord:
+            kind = details.kind or (before.record.kind if before else self._told_kind(file))
+            allowed = details.allow_word or (before is not None and before.record.allow_word)
+            record = fresh.model_copy(update={"kind": kind, "allow_word": allowed})
+            if before is None:
+                return NameRecord(number=1, record=record, since=time.time(), by=by)
+            if (by and before.by == by) or _says_the_same(before, record):
+                return before
+            return NameRecord(number=before.number + 1, record=record, since=before.since, by=by)
+
+        return self._change(name_key(owner, name), version).record
 
     def _put_content(self, file: EmbeddingFile, details: Details) -> None:
         content_id = file.content_id
@@ -285,16 +263,9 @@ class EmbeddingLibrary:
         if details.data and len(details.data) <= MAX_STORED_BYTES:
             sha256 = file.file_sha256
             self._store.put_once(f"embeddings/files/{sha256}", details.data, "application/octet-stream", sha256)
-        source = Source(
-            file_name=file.file_name or file.stem, file_sha256=file.file_sha256, stem=file.stem, layout=file.layout,
-            internal_name=file.internal_name, legacy_checksum=file.legacy_checksum, size=len(details.data),
-            origin=details.origin, added=datetime.now(UTC).isoformat(timespec="seconds"),
-            trained_words=details.trained_words, base_model=details.base_model, licence=details.licence,
-            link=details.link, description=details.description[:4000], air=details.air,
-        )  # fmt: skip
-        told = sum(bool(x) for x in (details.trained_words, details.base_model, details.link, details.licence))
+        source = Source.of(file, details)
         key = f"embeddings/sources/{content_id}/{file.file_sha256}.json"
-        if told or not self._store.exists(key):
+        if details.about.says_anything or not self._store.exists(key):
             self._store.put(key, source.model_dump_json().encode(), "application/json")
         if details.preview:
             self.put_preview(content_id, details.preview)
@@ -319,101 +290,167 @@ class EmbeddingLibrary:
             UnknownName: there is none of that name.
             InvalidField: the alias cannot be used, or is taken.
         """
-        record = self._active(name, owner)
-        alias = check_name(alias, "alias")
-        taken = self.names().get(name_key(owner, alias))
-        target = self.names()[name_key(record.owner, name)].alias_of or name_key(record.owner, name)
-        if taken is not None and taken.state == "active" and taken.alias_of != target:
-            raise InvalidField("alias", f"{alias!r} is an embedding already")
-        update = {"name": alias, "owner": owner, "allow_word": allow_word}
-        return self._put_name(record.model_copy(update=update), alias_of=target)
+        record = self.find(_unversioned(name), owner)
+        key, target = name_key(owner, check_name(alias, "alias")), name_key(record.owner, name)
+        target = self.names()[target].alias_of or target
+        if record.state != "active" or key == target:
+            raise UnknownName.among("embedding", name, _active(self.visible(owner)))
+        named = record.model_copy(update={"name": alias.strip(), "owner": owner, "allow_word": allow_word})
+
+        def version(before: NameRecord | None) -> NameRecord:
+            if before is None:
+                return NameRecord(number=1, record=named, alias_of=target, since=time.time())
+            if before.state == "active" and not before.alias_of:
+                raise InvalidField("alias", f"{alias!r} is an embedding already")
+            return NameRecord(number=before.number + 1, record=named, alias_of=target, since=before.since)
+
+        return self._change(key, version).record
 
     def rename(self, name: str, new: str, *, owner: str = "", allow_word: bool = False) -> EmbeddingRecord:
-        """Give an embedding another name; the old one is then refused, saying the new.
+        """Give an embedding another name; the old one is then refused, saying the new. Aliases and versions go along.
 
         Raises:
-            UnknownName, InvalidField: as `alias`.
+            UnknownName: `owner` has none of that name.
+            InvalidField: the new name cannot be used, or is taken.
             EmbeddingInUse: an unfinished job uses the old name.
         """
-        record = self._active(name, owner)
-        new = check_name(new, "embedding")
-        same = new.lower() == name.strip().lower()
-        taken = self.names().get(name_key(owner, new))
-        if taken is not None and taken.state == "active" and not same:
-            raise InvalidField("name", f"{new!r} is an embedding already")
-        update = {"name": new, "allow_word": record.allow_word or allow_word}
-        renamed = self._put_name(record.model_copy(update=update))
-        if not same:
-            self.remove(name, owner=record.owner, reason=f"it was renamed to {new!r}")
+        old, key = name_key(owner, _unversioned(name)), name_key(owner, check_name(new, "embedding"))
+        entry = self._own(name, owner)
+
+        def version(before: NameRecord | None) -> NameRecord:
+            if before is not None and before.state == "active" and key != old:
+                if before.record.content_id == entry.record.content_id and before.renamed_from == old:
+                    return before  # asked for again
+                raise InvalidField("name", f"{new!r} is an embedding already")
+            named = {"name": new.strip(), "allow_word": entry.record.allow_word or allow_word}
+            record = entry.record.model_copy(update=named)
+            number, since = (before.number + 1, before.since) if before else (1, time.time())
+            moved = old if key != old else entry.renamed_from
+            return NameRecord(number=number, record=record, alias_of=entry.alias_of, renamed_from=moved, since=since)
+
+        if key != old:
+            self._take(old, force=False)
+        try:
+            renamed = self._change(key, version).record
+        except InvalidField:
+            self._ledger.put_name(old, entry.number, entry.model_dump_json(), anew=True)  # it stays what it was
+            raise
+        if key != old:
+            self._tombstone(old, f"it was renamed to {new.strip()!r}")
+            for alias, other in self.names().items():
+                if other.alias_of == old:
+                    self._change(alias, lambda before: before.changed(alias_of=key) if before else before)
         return renamed
 
     def disable(self, name: str, *, owner: str = "", reason: str = "", on: bool = False) -> EmbeddingRecord:
-        """Refuse an embedding to new jobs, or with `on` let them have it again; jobs that have it keep it."""
-        record = self.find(name, owner)
-        if record.state == "removed":
-            raise UnknownName.among("embedding", name, _active(self.visible(owner)))
-        state: dict[str, str] = {"state": "active" if on else "disabled", "state_reason": "" if on else reason}
-        alias = self.names()[name_key(record.owner, name)].alias_of
-        return self._put_name(record.model_copy(update=state), alias_of=alias)
+        """Refuse an embedding to new jobs, or with `on` let them have it again; jobs that have it keep it.
 
-    def remove(self, name: str, *, owner: str = "", force: bool = False, reason: str = "") -> None:
+        Raises:
+            UnknownName: `owner` has none of that name.
+        """
+        self._own(name, owner, disabled=True)
+        state = {"state": "active" if on else "disabled", "state_reason": "" if on else reason}
+
+        def version(before: NameRecord | None) -> NameRecord | None:
+            if before is None or before.state == "removed":
+                raise UnknownName("embedding", name)
+            return before if before.state == state["state"] == "active" else before.changed(**state)
+
+        return self._change(name_key(owner, name), version).record
+
+    def remove(self, name: str, *, owner: str = "", force: bool = False) -> None:
         """Remove a name; its contents stay for the jobs that have them. One that an unfinished job uses is kept.
 
         Raises:
-            UnknownName: there is none of that name.
+            UnknownName: `owner` has none of that name.
             EmbeddingInUse: an unfinished job uses it, and `force` is not given.
         """
-        record = self.find(name, owner)
-        key = name_key(record.owner, name)
+        key = name_key(owner, _unversioned(name))
+        entry = self.names().get(key)
+        if entry is None or (entry.state == "removed" and self._in_store(key, entry)):
+            raise UnknownName.among("embedding", name.strip(), _active(self.visible(owner)))
+        self._take(key, force=force)
+        self._tombstone(key, "")
+
+    def _in_store(self, key: str, entry: NameRecord) -> bool:
+        """Tell whether S3 knows a version of the index; a removal may have been cut off before it did."""
+        latest = next(self.history(key), None)
+        return latest is not None and latest.state == entry.state
+
+    def _own(self, name: str, owner: str, *, disabled: bool = False) -> NameRecord:
+        """Return the version of a name that an owner may change, which is their own and not somebody else's.
+
+        Raises:
+            UnknownName: there is none.
+        """
+        entry = self.names().get(name_key(owner, _unversioned(name)))
+        if entry is None or entry.state == "removed" or (entry.state == "disabled" and not disabled):
+            raise UnknownName.among("embedding", name.strip(), _active(self.visible(owner)))
+        return entry
+
+    def _take(self, key: str, *, force: bool) -> None:
+        """Take a name out of use, in one transition with the look at who uses it."""
         users = self._ledger.take_name(key, force=force)
         if users and not force:
-            raise EmbeddingInUse(record.name, users)
-        if not self._is_taken_back(key):
-            state = {"state": "removed", "state_reason": reason}
-            self._put_name(record.model_copy(update=state), alias_of=self.names()[key].alias_of)
+            raise EmbeddingInUse(key.partition("/")[2], users)
 
-    def _is_taken_back(self, key: str) -> bool:
-        """Tell whether S3 says already that a name is removed."""
-        owner, _, lower = key.partition("/")
-        latest = next(self.history(owner, lower), None)
-        return latest is None or latest.state == "removed"
+    def _tombstone(self, key: str, reason: str) -> None:
+        """Write down that a name is removed, unless somebody has given it anew since it was taken."""
+        taken = self.names().get(key)
 
-    def _active(self, name: str, owner: str) -> EmbeddingRecord:
-        record = self.find(name, owner)
-        if record.state != "active":
-            raise UnknownName.among("embedding", name, _active(self.visible(owner)))
-        return record
+        def version(before: NameRecord | None) -> NameRecord | None:
+            if before is None or before.state == "removed" or (taken and before.number > taken.number):
+                return before
+            return before.changed(state="removed", state_reason=reason)
 
-    def _put_name(self, record: EmbeddingRecord, alias_of: str = "", by: str = "") -> EmbeddingRecord:
-        """Write the next version of a name on condition that nobody else did, then index it."""
-        key = name_key(record.owner, record.name)
-        latest = self.names().get(key)
+        self._change(key, version)
+
+    def _change(self, key: str, decide: Callable[[NameRecord | None], NameRecord | None]) -> NameRecord:
+        """Write the version of a name that `decide` makes of the latest one, on condition that nobody else did; index it."""
+        latest = self.names().get(key) or next(self.history(key), None)
+        if latest is not None and latest.state == "removed":
+            latest = next(self.history(key), latest)  # the index may be ahead of a removal that was cut off
         while True:
-            number = latest.number + 1 if latest else 1
-            entry = NameRecord(number=number, state=record.state, record=record, alias_of=alias_of, by=by)
-            if latest and _says_the_same(latest, entry):
-                entry = latest
-                break
+            entry = decide(latest)
+            if entry is None:
+                raise UnknownName("embedding", key.partition("/")[2])
             text = entry.model_dump_json()
-            digest = hashlib.sha256(text.encode()).hexdigest()
-            if self._store.put_new(f"{_folder(record.owner, record.name)}{number:08d}.json", text.encode(), digest):
-                break
-            latest = next(self.history(record.owner, record.name), None)
-        self._ledger.put_name(key, entry.number, entry.model_dump_json())
-        return entry.record
+            if entry is latest or self._is_written(key, entry.number, text):
+                self._ledger.put_name(key, entry.number, text)
+                return entry
+            latest = next(self._versions(key), None)
+
+    def _is_written(self, key: str, number: int, text: str) -> bool:
+        digest = hashlib.sha256(text.encode()).hexdigest()
+        return self._store.put_new(f"{_folder(key)}{number:08d}.json", text.encode(), digest)
+
+    def _versions(self, key: str) -> Iterator[NameRecord]:
+        """Yield the versions written under one name itself, the newest first."""
+        for place in sorted(self._store.keys(_folder(key)), reverse=True):
+            yield NameRecord.model_validate_json(self._store.get(place))
 
     def reindex(self) -> int:
-        """Rebuild the index in Redis from S3; return how many names there are."""
+        """Rebuild the index in Redis from S3, where the truth is; return how many names there are."""
         latest: dict[str, str] = {}
-        for key in sorted(self._store.keys("embeddings/names/")):
-            latest[key.rpartition("/")[0]] = key
+        for place in sorted(self._store.keys("embeddings/names/")):
+            latest[place.rpartition("/")[0]] = place
         with ThreadPoolExecutor(_READERS) as pool:
             for text in pool.map(self._store.get, latest.values()):
                 entry = NameRecord.model_validate_json(text)
-                self._ledger.put_name(
-                    name_key(entry.record.owner, entry.record.name), entry.number, entry.model_dump_json()
-                )
+                key = name_key(entry.record.owner, entry.record.name)
+                self._ledger.put_name(key, entry.number, entry.model_dump_json(), anew=True)
         return len(latest)
+
+
+def _unversioned(name: str) -> str:
+    """Return a name to be changed.
+
+    Raises:
+        InvalidField: it names one of its versions, which are what they are.
+    """
+    if _VERSION.fullmatch(name.strip()):
+        raise InvalidField("name", f"{name!r} is a version; versions cannot be changed, only the name without it")
+    return name
 
 
 def _decode(key: bytes, text: bytes) -> NameRecord:
@@ -423,10 +460,10 @@ def _decode(key: bytes, text: bytes) -> NameRecord:
         raise InvalidField("index", f"{key.decode()!r} cannot be read; run 'latentfarm embeddings reindex'") from error
 
 
-def _says_the_same(before: NameRecord, after: NameRecord) -> bool:
+def _says_the_same(before: NameRecord, record: EmbeddingRecord) -> bool:
     """Tell whether a version would add nothing: the file it came from first stays the one it is known by."""
-    kept = before.record.model_copy(update={field: getattr(after.record, field) for field in _OF_THE_FILE})
-    return before.state == after.state and before.alias_of == after.alias_of and kept == after.record
+    kept = before.record.model_copy(update={field: getattr(record, field) for field in _OF_THE_FILE})
+    return before.state == "active" and not before.alias_of and kept == record
 
 
 _OF_THE_FILE = ("file_sha256", "internal_name", "layout")
@@ -436,42 +473,10 @@ def _active(known: Mapping[str, EmbeddingRecord]) -> list[str]:
     return [record.name for record in known.values() if record.state == "active"]
 
 
-def _folder(owner: str, name: str) -> str:
+def _folder(key: str) -> str:
     """Return where a name's versions lie; long ones by their hash, since keys have an end."""
-    lower = quote(name.strip().lower(), safe="")
-    short = lower if len(lower) <= 180 else "~" + hashlib.sha256(lower.encode()).hexdigest()
-    return f"embeddings/names/{quote(owner, safe='') or '_farm'}/{short}/"
-
-
-def side_details(text: str) -> dict[str, Any]:
-    """Return what A1111's `.json`, or Civitai's description of a version (`.civitai.info`), says of an embedding.
-
-    Raises:
-        ValueError: it is no JSON object.
-    """
-    info = json.loads(text)
-    if not isinstance(info, dict):
-        raise ValueError("not an object")  # noqa: TRY004 - a JSON error like any other
-    words = info.get("trainedWords") or info.get("activation text") or ()
-    words = [part.strip() for part in words.split(",")] if isinstance(words, str) else words
-    model, version = info.get("modelId"), info.get("id")
-    own = isinstance(version, int) and isinstance(model, int)
-    parent = info.get("model")
-    found = {
-        "trained_words": tuple(str(word)[:200] for word in words if word)[:50]
-        if isinstance(words, list | tuple)
-        else (),
-        "base_model": str(info.get("baseModel") or info.get("sd version") or "")[:100],
-        "description": str(info.get("description") or info.get("notes") or ""),
-        "link": f"https://civitai.com/models/{model}?modelVersionId={version}" if own else "",
-        "air": str(info.get("air") or ""),
-        "licence": _licence(parent if isinstance(parent, dict) else {}),
-    }
-    negative = any(isinstance(f, dict) and f.get("type") == "Negative" for f in info.get("files") or ())
-    return found | ({"kind": "Negative"} if negative else {})
-
-
-def _licence(model: Mapping[str, Any]) -> str:
-    """Return Civitai's permissions as one line, as far as they are known."""
-    asked = ("allowCommercialUse", "allowNoCredit", "allowDerivatives", "allowDifferentLicense")
-    return ", ".join(f"{name}: {model[name]}" for name in asked if name in model)
+    owner, _, lower = key.partition("/")
+    quoted = quote(lower, safe="")
+    short = quoted if len(quoted) <= 180 else "~" + hashlib.sha256(quoted.encode()).hexdigest()
+    whose = "of-" + quote(owner, safe="") if owner else "farm"
+    return f"embeddings/names/{whose}/{short}/"

@@ -134,9 +134,10 @@ class Dropped(_Record):
 
 
 class Lock(_Record):
-    """What a job was frozen to at submission. Its prompts are matched against these names only."""
+    """What a job was frozen to at submission, `frozen_at` seconds since 1970. Its prompts are matched against these names only."""
 
     checkpoint: CheckpointRecord
     embeddings: tuple[EmbeddingRecord, ...] = ()
     dropped: tuple[Dropped, ...] = ()
     owner: str = ""
+    frozen_at: float = 0.0

@@ -4,13 +4,24 @@ from __future__ import annotations
 
 import json
 import math
-import re
 from collections.abc import Callable
+from functools import cache
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Field,
+    TypeAdapter,
+    ValidationError,
+    ValidationInfo,
+    field_validator,
+    model_validator,
+)
 
 from latentfarm_shared.errors import InvalidField, UnknownName, nearest
+from latentfarm_shared.explicit import bare, removed, weighed
 from latentfarm_shared.names import (
     LATENT_UPSCALERS,
     PLAIN_UPSCALERS,
@@ -22,6 +33,7 @@ from latentfarm_shared.names import (
 MAX_SEED = 2**32 - 1
 MAX_SPEC_BYTES = 64 * 1024
 MAX_IMAGES = 1_000_000
+SETTLED = {"settled": True}  # a spec that was checked when it was submitted
 
 Lane = Literal["interactive", "batch"]
 Side = Literal["positive", "negative"]
@@ -186,6 +198,9 @@ def _printable(value: str) -> str:
     return value
 
 
+Value = int | float | str
+
+
 class Axis(BaseModel):
     """One axis of a sweep: `field` takes each of `values` in turn.
 
@@ -196,7 +211,7 @@ class Axis(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     field: str = Field(min_length=1, max_length=300)
-    values: tuple[float | str, ...] = Field(min_length=1, max_length=10_000)
+    values: tuple[Value, ...] = Field(min_length=1, max_length=10_000)
 
     @property
     def is_text(self) -> bool:
@@ -212,15 +227,6 @@ class Axis(BaseModel):
     def subject(self) -> str:
         """What stands behind the colon: a text or a name."""
         return self.field.partition(":")[2]
-
-    def applied(self, text: str, value: float | str) -> str:
-        """Return a prompt as this value changes it."""
-        if self.kind == "replace":
-            return text.replace(self.subject, str(value))
-        if self.kind == "strength" and value != 1:
-            written = re.compile(rf"(?<!\w){re.escape(self.subject)}(?!\w)", re.IGNORECASE)
-            return written.sub(lambda match: f"({match[0]}:{value:g})", text)
-        return text
 
 
 SWEPT = (
@@ -247,7 +253,9 @@ class Pack(BaseModel):
 class JobSpec(BaseModel):
     """What a user asked for. `seed` is that of the first image; image `i` has `seed + i`, as in A1111.
 
-    With a `variation_strength` all images share `seed`, and image `i` has `variation_seed + i`, as there.
+    With a `variation_strength` all images share `seed`, and image `i` has `variation_seed + i`, as there. `axes` multiply:
+    `count` images are drawn at every point. `without` is what a submission takes out of the prompts of a sweep that
+    may drop missing embeddings: words, and `<NAME>` for explicit requests.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -279,6 +287,7 @@ class JobSpec(BaseModel):
     lane: Lane = "interactive"
     on_missing: Literal["fail", "warn", "drop"] = "fail"
     axes: tuple[Axis, ...] = Field((), max_length=8)
+    without: tuple[str, ...] = ()
     pack: Pack | None = None
 
     @property
@@ -291,25 +300,41 @@ class JobSpec(BaseModel):
         """How many different prompts the axes make."""
         return math.prod(len(axis.values) for axis in self.axes if axis.is_text)
 
-    def point(self, number: int) -> dict[str, float | str]:
+    def point(self, number: int) -> dict[str, Value]:
         """Return the values of every axis at a point, the last axis counting fastest."""
-        values: dict[str, float | str] = {}
+        values: dict[str, Value] = {}
         for axis in reversed(self.axes):
             number, place = divmod(number, len(axis.values))
             values[axis.field] = axis.values[place]
         return {axis.field: values[axis.field] for axis in self.axes}
 
-    def at(self, values: dict[str, float | str]) -> Self:
-        """Return the job of one point: no axes, and their values in place."""
+    def requested_at(self, values: dict[str, Value]) -> Self:
+        """Return the job of one point as it was asked for: its values and replaced texts, explicit requests as they are."""
         if not self.axes:
             return self
         plain = {field: value for field, value in values.items() if ":" not in field}
         job = self.model_validate(self.model_dump() | {"axes": ()} | plain)
         for axis in self.axes:
-            if ":" in axis.field and axis.field in values:
-                value = values[axis.field]
-                job = job.with_prompts({field: axis.applied(text, value) for field, text in job.prompts})
+            if axis.kind == "replace" and axis.field in values:
+                value = str(values[axis.field])
+                job = job.with_prompts({field: text.replace(axis.subject, value) for field, text in job.prompts})
         return job
+
+    def at(self, values: dict[str, Value]) -> Self:
+        """Return the job of one point as it is drawn: bare names in place of requests, weighed as its axes say."""
+        job = self.requested_at(values).drawn()
+        for axis in self.axes:
+            if axis.kind == "strength" and axis.field in values:
+                weight = float(values[axis.field])
+                job = job.with_prompts({field: weighed(text, axis.subject, weight) for field, text in job.prompts})
+        return job
+
+    def drawn(self) -> Self:
+        """Return the job with bare names in place of explicit requests, and without the words it does without."""
+        requests = {word[1:-1].lower() for word in self.without if word.startswith("<")}
+        words = [word for word in self.without if not word.startswith("<")]
+        texts = {field: removed(bare(text, requests), words) for field, text in self.prompts}
+        return self.with_prompts(texts).model_copy(update={"without": ()})
 
     @model_validator(mode="before")
     @classmethod
@@ -340,37 +365,45 @@ class JobSpec(BaseModel):
         return self
 
     @model_validator(mode="after")
-    def _axes_make_jobs(self) -> Self:
+    def _axes_make_jobs(self, info: ValidationInfo) -> Self:
+        if not self.axes or info.context == SETTLED:
+            return self
         fields = [axis.field for axis in self.axes]
         if len(set(fields)) < len(fields):
             raise ValueError("an axis stands twice")
-        for axis in self.axes:
-            if axis.kind not in ("replace", "strength") and axis.field not in SWEPT:
-                raise ValueError(
-                    f"{axis.field!r} is no axis; there are {', '.join(SWEPT)}, replace:TEXT, strength:NAME"
-                )
-            if axis.kind == "replace" and not any(axis.subject in text for text in self._texts()):
-                raise ValueError(f"{axis.subject!r} stands in none of the prompts")
-            for value in axis.values:
-                self._check_value(axis, value)
         if not 1 <= self.total <= MAX_IMAGES:
             raise ValueError(f"the axes make {self.total} images; {MAX_IMAGES} are possible")
+        for axis in self.axes:
+            self._check_axis(axis)
+        self._check_corners()
         return self
+
+    def _check_axis(self, axis: Axis) -> None:
+        if axis.kind not in ("replace", "strength") and axis.field not in SWEPT:
+            raise ValueError(f"{axis.field!r} is no axis; there are {', '.join(SWEPT)}, replace:TEXT, strength:NAME")
+        if axis.kind == "replace" and not any(axis.subject in text for text in self._texts()):
+            raise ValueError(f"{axis.subject!r} stands in none of the prompts")
+        for value in axis.values:
+            if axis.kind == "strength" and (isinstance(value, str) or not -10 <= value <= 10):
+                raise ValueError(f"{axis.field}: {value!r} should be a number from -10 to 10")
+            if not axis.kind:
+                _check_field(axis.field, value)
 
     def _texts(self) -> list[str]:
         """Return every text the prompts can be, before anything is replaced."""
         swept = [str(value) for axis in self.axes if axis.field.endswith("prompt") for value in axis.values]
         return [*swept, *(text for _, text in self.prompts)]
 
-    def _check_value(self, axis: Axis, value: float | str) -> None:
-        if axis.kind == "strength":
-            if not isinstance(value, float | int) or not -10 <= value <= 10:
-                raise ValueError(f"{axis.field}: {value!r} should be a number from -10 to 10")
-        elif not axis.kind:
+    def _check_corners(self) -> None:
+        """Make sure that the largest and the smallest values go together."""
+        plain = [axis for axis in self.axes if not axis.kind and not isinstance(axis.values[0], str)]
+        for extreme in (min, max):
+            corner = {axis.field: extreme(axis.values, key=float) for axis in plain}
             try:
-                type(self).model_validate(self.model_dump() | {"axes": (), axis.field: value})
+                type(self).model_validate(self.model_dump() | {"axes": ()} | corner)
             except ValidationError as error:
-                raise ValueError(f"{axis.field}: {error.errors()[0]['msg'].lower()}, got {_short(value)}") from error
+                where = ", ".join(f"{field} {value}" for field, value in corner.items())
+                raise ValueError(f"at {where}: {error.errors()[0]['msg'].removeprefix('Value error, ')}") from error
 
     @model_validator(mode="after")
     def _hires_fits(self) -> Self:
@@ -430,7 +463,29 @@ class JobSpec(BaseModel):
     @classmethod
     def decode(cls, text: str | bytes) -> Self:
         """Read the wire form back."""
-        return cls.model_validate_json(text)
+        return cls.model_validate_json(text, context=SETTLED)
+
+
+@cache
+def _field_check(field: str) -> TypeAdapter[Any]:
+    """Return what checks one field's value, without the rest of a job."""
+    if field in ("sampler", "schedule"):
+        resolve: Any = resolve_sampler if field == "sampler" else resolve_schedule
+        return TypeAdapter(Annotated[str, AfterValidator(resolve)])
+    info = JobSpec.model_fields[field]
+    return TypeAdapter(Annotated[info.annotation, *info.metadata])  # type: ignore[arg-type]
+
+
+def _check_field(field: str, value: Value) -> None:
+    """Check one value of an axis.
+
+    Raises:
+        ValueError: the field does not take it.
+    """
+    try:
+        _field_check(field).validate_python(value)
+    except ValidationError as error:
+        raise ValueError(f"{field}: {error.errors()[0]['msg'].lower()}, got {_short(value)}") from error
 
 
 class ImageSpec(BaseModel):
@@ -442,13 +497,27 @@ class ImageSpec(BaseModel):
     seed: int
     variation_seed: int = 0
     job: JobSpec
-    point: dict[str, float | str] = {}
+    point: dict[str, Value] = {}
 
 
-def drawn_seeds(spec: JobSpec, draw: Callable[[int], int]) -> dict[str, int]:
-    """Return seeds in place of those that are -1; `draw` gives a number below its argument."""
-    seeds = {"seed": spec.seed} | ({"variation_seed": spec.variation_seed} if spec.variation_strength else {})
-    return {name: draw(MAX_SEED - spec.count) if seed < 0 else seed for name, seed in seeds.items()}
+def drawn_seeds(spec: JobSpec, draw: Callable[[int], int]) -> dict[str, Any]:
+    """Return fields with seeds in place of those that are -1, in axes too; `draw` gives a number below its argument."""
+
+    def settled(seed: Value) -> Value:
+        return draw(MAX_SEED - spec.count) if seed == -1 else seed
+
+    swept = {axis.field: axis.values for axis in spec.axes}
+    varies = spec.variation_strength or any(swept.get("variation_strength", ()))
+    fields: dict[str, Any] = {"seed": settled(spec.seed)}
+    if varies:
+        fields["variation_seed"] = settled(spec.variation_seed)
+    if {"seed", "variation_seed"} & swept.keys():
+        fields["axes"] = [
+            axis.model_dump()
+            | {"values": [settled(v) for v in axis.values] if axis.field.endswith("seed") else axis.values}
+            for axis in spec.axes
+        ]
+    return fields
 
 
 def expand(spec: JobSpec, index: int) -> ImageSpec:

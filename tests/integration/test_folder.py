@@ -8,6 +8,7 @@ import pytest
 from latentfarm.farm import Farm
 from latentfarm_demo import CHECKPOINT
 from latentfarm_shared.intake import Intake
+from latentfarm_shared.library import name_key
 from latentfarm_shared.vocabularies import Vocabularies
 from latentfarm_worker.folder import FolderWatch
 from safetensors.numpy import save
@@ -102,7 +103,7 @@ def test_restart_does_not_undo_what_people_did_since(servers: Farm, watch: Folde
 
     assert servers.embeddings.show("replaced-1").content_id == newer.content_id
     assert servers.embeddings.show("removed-1").state == "removed"
-    assert len(list(servers.library.history("", "same-1"))) == 1
+    assert len(list(servers.library.history(name_key("", "same-1")))) == 1
 
 
 def test_of_two_files_with_one_stem_the_first_counts(servers: Farm, watch: FolderWatch, tmp_path: Path) -> None:

@@ -52,7 +52,7 @@ def test_same_tensors_from_two_containers_are_one_embedding_with_two_sources(far
 
     assert second == first
     assert {s.file_name for s in farm.library.sources(first.content_id)} == {"style-1.safetensors", "style-1.pt"}
-    assert len(list(farm.library.history("", "style-1"))) == 1
+    assert len(list(farm.library.history(name_key("", "style-1")))) == 1
     assert farm.library.original(first.file_sha256) == (tmp_path / "style-1.safetensors").read_bytes()
 
 
@@ -197,7 +197,7 @@ def test_of_many_who_replace_a_name_at_once_all_are_versions(farm: Farm, tmp_pat
     with ThreadPoolExecutor(8) as pool:
         records = list(pool.map(add, paths))
 
-    versions = list(farm.library.history("", "contested-1"))
+    versions = list(farm.library.history(name_key("", "contested-1")))
     assert {r.content_id for r in records} == {v.record.content_id for v in versions}
     assert sorted(v.number for v in versions) == list(range(1, 9))
     assert farm.embeddings.show("contested-1") == versions[0].record

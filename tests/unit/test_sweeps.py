@@ -91,7 +91,8 @@ def test_every_point_is_checked_and_pinned(demo_tokenizer: ClipTokenizer) -> Non
 
     assert {e.name for e in settled.embeddings} == {"corneo_dva", "bad-artist-anime", "style-1"}
     lock = Lock(checkpoint=checkpoint(), embeddings=settled.embeddings)
-    where = [{a.record.name for a in applied_embeddings(expand(settled.spec, i), lock)} for i in range(6)]
+    images = [expand(settled.spec, i) for i in range(6)]
+    where = [{a.record.name for a in applied_embeddings(image, lock, demo_tokenizer)} for image in images]
     assert where == [{"corneo_dva", "style-1"}] * 2 + [{"bad-artist-anime", "style-1"}] * 2 + [{"style-1"}] * 2
     with pytest.raises(UnknownName, match="style-1"):
         settle(swept(("replace:girl", ("girl", "stile-1"))), checkpoint(), KNOWN, demo_tokenizer)

@@ -12,6 +12,7 @@ from pathlib import Path
 from latentfarm_shared.embeddings.sandbox import NotAnEmbedding
 from latentfarm_shared.errors import UsageError
 from latentfarm_shared.intake import Intake, beside, is_candidate
+from latentfarm_shared.library import name_key
 from latentfarm_shared.logs import log
 
 Stamp = tuple[int, int]
@@ -75,7 +76,7 @@ class FolderWatch:
     def _take(self, path: Path) -> None:
         library, owner = self._intake.library, self._intake.owner
         if self._is_first:
-            ever = {version.record.content_id for version in library.history(owner, path.stem)}
+            ever = {version.record.content_id for version in library.history(name_key(owner, path.stem))}
             known, _ = self._intake.read(path) if ever else ([], b"")
             if known and {file.content_id for file in known} <= ever:
                 return

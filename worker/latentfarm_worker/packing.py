@@ -293,7 +293,8 @@ def pack_prompt(
     progress.begin("drawing", 0)
     sheet = yield from _sheet(tuner)
     applied = frozenset(name for c in tuner.encoded(tuner.long) for name in c.applied)
-    return Packed(sheet, applied, {name: v.detach().clone() for name, v in tuner.bank.vectors.items()}, quality)
+    vectors = {name: v.detach().clone() for name, v in tuner.bank.vectors.items()}
+    return Packed(sheet, applied, applied, vectors, quality)
 
 
 def _sheet(tuner: Tuner) -> Generator[Operation, Any, Tensor]:

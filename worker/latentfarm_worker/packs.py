@@ -5,8 +5,9 @@ from __future__ import annotations
 import hashlib
 
 from latentfarm_shared.embeddings.files import EmbeddingFile
-from latentfarm_shared.library import Details, EmbeddingLibrary
+from latentfarm_shared.library import EmbeddingLibrary
 from latentfarm_shared.records import EmbeddingRecord
+from latentfarm_shared.sources import About, Details
 from latentfarm_shared.specs import JobSpec, Pack
 
 from latentfarm_worker.packing import Packed
@@ -30,6 +31,6 @@ class PackKeeper:
             origin=f"packed by job {job} on model {spec.model}",
             kind="Negative" if pack.negative else "Model",
             allow_word=pack.allow_word,
-            description=f"quality {packed.quality:.3f}; {spec.prompt}",
+            about=About(description=f"quality {packed.quality:.3f}; {spec.prompt}", base_model=spec.model),
         )
         return self._library.add(file, pack.name, details, owner=owner, by=job)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from latentfarm_shared.errors import EmbeddingNotApplied
-from latentfarm_shared.prompts.mentions import applied_embeddings
 from latentfarm_shared.records import Lock
 from latentfarm_shared.specs import ImageSpec
 
@@ -11,13 +10,14 @@ from latentfarm_worker.renders import Rendered
 
 
 def checked(rendered: Rendered, image: ImageSpec, lock: Lock) -> Rendered:
-    """Compare what entered the encoder with what the lock promises for this image.
+    """Compare what entered the encoder with what the lock promises: all of it, or what one point of a sweep means.
 
     Raises:
         EmbeddingNotApplied: they differ.
     """
-    promised = {found.record.content_id: found.record.name for found in applied_embeddings(image, lock)}
-    missing = [name for content_id, name in promised.items() if content_id not in rendered.applied]
-    if missing or not rendered.applied <= set(promised):
+    names = {record.content_id: record.name for record in lock.embeddings}
+    wanted = rendered.promised if image.point else names.keys()
+    missing = [names.get(content_id, content_id) for content_id in wanted if content_id not in rendered.applied]
+    if missing or not rendered.applied <= names.keys():
         raise EmbeddingNotApplied(f"what entered the encoder is not what was promised: {', '.join(missing) or 'more'}")
     return rendered

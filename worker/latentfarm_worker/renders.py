@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Iterator
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -68,10 +68,14 @@ class Progress:
 
 @dataclass(frozen=True, eq=False)
 class Rendered:
-    """A finished picture, `pixels: [H, W, 3]` uint8 on the CPU, and the content ids of the embeddings that went in."""
+    """A finished picture, `pixels: [H, W, 3]` uint8 on the CPU, and the content ids of the embeddings that went in.
+
+    `promised` are those that its prompts mean.
+    """
 
     pixels: Tensor
     applied: frozenset[str] = frozenset()
+    promised: frozenset[str] = frozenset()
 
 
 Render = Generator[Operation, Any, Rendered]
@@ -97,6 +101,11 @@ class RenderRequest:
     progress: Progress = field(default_factory=Progress)
     watch: Watch = unwatched
 
+    @property
+    def promised(self) -> frozenset[str]:
+        """Content ids of the embeddings that the prompts mean, by where they are to be written."""
+        return frozenset(_placed(self.first)) | (frozenset(_placed(self.hires)) if self.hires else frozenset())
+
     @classmethod
     def build(
         cls,
@@ -110,6 +119,13 @@ class RenderRequest:
         layout = PromptLayout(image.job, lock, tokenizer)
         hires = layout.hires_pass() if image.job.hires else None
         return cls(image, layout.first_pass(), hires, layout.empty(), progress or Progress(), watch)
+
+
+def _placed(laid: LaidPrompts) -> Iterator[str]:
+    for part in (*laid.positive, laid.negative):
+        for text in part.texts:
+            for chunk in text:
+                yield from (placement.embedding.content_id for placement in chunk.placements)
 
 
 def txt2img(request: RenderRequest, model: RenderModel) -> Render:
@@ -136,11 +152,11 @@ def txt2img(request: RenderRequest, model: RenderModel) -> Render:
         request.progress.begin("decoding", 0)
         picture: Picture = yield Decode(latent, tiling, precise)
         if _is_sound(picture):
-            return Rendered(picture.pixels, applied)
+            return Rendered(picture.pixels, applied, request.promised)
         if not (precise or model.is_precise) and bool(latent.isfinite().all()):
             picture = yield Decode(latent, tiling, precise=True)
             if _is_sound(picture):
-                return Rendered(picture.pixels, applied)
+                return Rendered(picture.pixels, applied, request.promised)
         if model.is_precise:
             break
     raise BrokenPicture("holds values that are not finite" if not picture.finite else "is all black")

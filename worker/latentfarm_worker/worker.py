@@ -20,6 +20,7 @@ from latentfarm_shared.ledger.ledger import LANES, queue_name
 from latentfarm_shared.library import EmbeddingLibrary
 from latentfarm_shared.logs import log
 from latentfarm_shared.prompts.contract import MAX_CHECKED, Contract, combination_misses
+from latentfarm_shared.prompts.mentions import applied_embeddings
 from latentfarm_shared.records import CheckpointRecord
 from latentfarm_shared.registry import Registry
 from latentfarm_shared.settings import Settings
@@ -97,6 +98,7 @@ class Worker:
         self._unpublished = Room(settings.unpublished_mb * 2**20)
         self._claims: dict[str, tuple[Claim, Future[Rendered]]] = {}
         self._progress: dict[str, Progress] = {}
+        self._contract: tuple[str, Contract] | None = None
         self._packs = PackKeeper(self.library)
         self._strange: set[str] = set()
         self._canceled: set[str] = set()
@@ -220,11 +222,17 @@ class Worker:
             EmbeddingNotInLock: an embedding that the job does not hold.
         """
         if claim.spec.text_variants > MAX_CHECKED:
-            known = self.library.visible(claim.lock.owner)
-            contract = Contract(claim.lock.checkpoint, known, checkpoint.tokenizer)
-            missing = combination_misses(image, claim.lock, contract)
-            if missing:
+            missing = combination_misses(image, claim.lock, self._contract_of(claim, checkpoint))
+            if missing and claim.spec.on_missing == "fail":
                 raise EmbeddingNotInLock(missing[0])
+
+    def _contract_of(self, claim: Claim, checkpoint: Checkpoint) -> Contract:
+        """Return what a job could name when it was submitted, kept for its next image."""
+        held = self._contract
+        if held is None or held[0] != claim.job:
+            known = self.library.visible(claim.lock.owner, at=claim.lock.frozen_at)
+            held = self._contract = claim.job, Contract(claim.lock.checkpoint, known, checkpoint.tokenizer)
+        return held[1]
 
     def _finish(self, claim: Claim, future: Future[Rendered]) -> None:
         """Wait for the picture, compare what entered the encoder with the lock, and hand the picture to a publisher."""
@@ -264,13 +272,17 @@ class Worker:
     def _put(self, claim: Claim, image: ImageSpec, rendered: Rendered) -> None:
         if isinstance(rendered, Packed):
             self._keep_packed(claim, rendered)
-        png = encode_png(rendered.pixels, format_infotext(image, claim.lock))
+        tokenizer = self._vocabularies.of(claim.lock.checkpoint) if image.point else None
+        used = None if tokenizer is None else [a.record for a in applied_embeddings(image, claim.lock, tokenizer)]
+        png = encode_png(rendered.pixels, format_infotext(image, claim.lock, used))
         self._store.put_once(image_key(claim.job, claim.index), png, "image/png", content_id(image, claim.lock))
 
     def _keep_packed(self, claim: Claim, packed: Packed) -> None:
         """Put a packed prompt into the library, in the name of the job's owner, and say how good it is."""
         if claim.spec.pack is None:
             raise RenderError("nobody asked for a packed prompt")
+        if not self._ledger.progress(claim, {"stage": "keeping"}):
+            raise RenderCanceled("the claim was lost, or the job canceled, before the embedding was kept")
         record = self._packs.keep(claim.spec, claim.spec.pack, claim.lock.owner, packed, claim.job)
         story: dict[str, float | str] = {"stage": "done", "name": record.name, "version": record.version}
         self._ledger.progress(claim, story | {"quality": round(packed.quality, 4)})

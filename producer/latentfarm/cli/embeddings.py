@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -15,6 +15,7 @@ if TYPE_CHECKING:
 
     from latentfarm_shared.embeddings.files import EmbeddingFile
     from latentfarm_shared.records import EmbeddingRecord
+    from latentfarm_shared.sources import Kind
 
     from latentfarm.library import EmbeddingCard, Embeddings, Taken
 
@@ -119,7 +120,7 @@ def add_embeddings(
 
     if name is not None and len(sources) > 1:
         raise InvalidField("name", "goes with one source only")
-    kinds: dict[str | None, Literal["Model", "Negative"] | None] = {
+    kinds: dict[str | None, Kind | None] = {
         None: None, "model": "Model", "negative": "Negative",
     }  # fmt: skip
     if kind not in kinds:

@@ -355,10 +355,11 @@ local function change(name, number, entry)
   redis.call('XADD', 'lf:names:changes', 'MAXLEN', '~', 10000, '*', 'name', name)
 end
 
--- put_name(name, number, entry): index a name's record unless a later one is there
+-- put_name(name, number, entry, anew): index a name's record unless a later one is there, or the same, if not anew
 local function put_name(_, a)
   local number = tonumber(a[2])
-  if number <= tonumber(redis.call('HGET', 'lf:names:number', a[1]) or '0') then return 0 end
+  local known = tonumber(redis.call('HGET', 'lf:names:number', a[1]) or '0')
+  if number < known or (number == known and a[4] ~= '1') then return 0 end
   change(a[1], number, a[3])
   return 1
 end
@@ -375,9 +376,10 @@ local function take_name(_, a)
   return 0
 end
 
--- progress(job, index, token, text): what a claimed image says of its own progress
+-- progress(job, index, token, text): what a claimed image says of its own progress; 0 if nobody wants it any more
 local function progress(_, a)
   if not holds(a[1] .. '/' .. a[2], a[3]) then return 0 end
+  if redis.call('HGET', 'lf:job:' .. a[1], 'state') == 'canceled' then return 0 end
   redis.call('HSET', 'lf:job:' .. a[1], 'progress', a[4])
   return 1
 end

@@ -105,16 +105,16 @@ class Ledger:
             raise EmbeddingRefused(answer.decode().partition("/")[2], "it was removed or disabled a moment ago")
         return bool(answer)
 
-    def put_name(self, key: str, number: int, entry: str) -> bool:
-        """Index a name's record; False if a later one is there."""
-        return bool(self._call("put_name", key, number, entry))
+    def put_name(self, key: str, number: int, entry: str, *, anew: bool = False) -> bool:
+        """Index a name's record; False if a later one is there. `anew` replaces one of the same number too."""
+        return bool(self._call("put_name", key, number, entry, int(anew)))
 
     def take_name(self, key: str, *, force: bool) -> int:
         """Mark a name removed; return how many unfinished jobs pin it and, without `force`, keep it."""
         return int(self._call("take_name", key, int(force)))
 
     def progress(self, claim: Claim, story: dict[str, float | str]) -> bool:
-        """Say how far a claimed image is; False if the claim was lost."""
+        """Say how far a claimed image is; False if the claim was lost or the job canceled."""
         return bool(self._call("progress", claim.job, claim.index, claim.token, json.dumps(story)))
 
     def acknowledge(self) -> None:

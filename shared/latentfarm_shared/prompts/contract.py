@@ -7,22 +7,21 @@ that embedding; one that looks like a misspelt name is refused; any other is tex
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import product
 
 from latentfarm_shared.errors import EmbeddingRefused, InvalidField, UnknownName, UsageError, nearest
+from latentfarm_shared.explicit import bare, plain_name, requested, standing
 from latentfarm_shared.prompts.attention import parse_attention
 from latentfarm_shared.prompts.chunks import Reading, chunk_prompt
 from latentfarm_shared.prompts.language import parse_negative, parse_positive, split_and, strip_comments
 from latentfarm_shared.prompts.matching import Mention, NameMatcher
-from latentfarm_shared.prompts.mentions import written
 from latentfarm_shared.prompts.passes import timelines
 from latentfarm_shared.prompts.tokens import ClipTokenizer
 from latentfarm_shared.records import CheckpointRecord, Dropped, EmbeddingRecord, Lock
-from latentfarm_shared.specs import EmbeddingUse, ImageSpec, JobSpec, Side
+from latentfarm_shared.specs import EmbeddingUse, ImageSpec, JobSpec, Side, Value
 
-_EXPLICIT = re.compile(r"(?<![\w-])embedding:(?P<comfy>[^\s,()\[\]<>:|]+)|<(?P<angle>[^<>:\n]+)>")
 _EXTRA_NETWORK = re.compile(r"<(\w+):[^<>]*>")
 _WORDS = re.compile(r"[^\s,.;!?()\[\]|:\"']+")
 MAX_PARTS, MAX_CHARACTERS, MAX_CHUNKS = 32, 200_000, 1024
@@ -121,129 +120,153 @@ class Contract:
         return reason + (f"; what would fit: {', '.join(map(repr, fitting))}" if fitting else "")
 
     def settle(self, spec: JobSpec) -> Settled:
-        """Resolve every embedding a spec asks for.
+        """Resolve every embedding a spec asks for, at every point of its axes.
 
         Raises:
             UnknownName, EmbeddingRefused, InvalidField: as `settle`.
         """
-        if spec.clip_skip > self.checkpoint.layers:
+        self._refuse_clip_skip(spec)
+        if spec.pack is not None:
+            _refuse_changing(spec)
+        asked = _with_uses(self, spec)
+        first = _Settlement(self, asked)
+        first.check_all()
+        final = asked.model_copy(update={"without": tuple(sorted(first.unwanted))})
+        last = first
+        if first.unwanted:
+            last = _Settlement(self, final, first.dropped)
+            last.check_all()
+        _refuse_idle_strength(final)
+        return Settled(final if final.axes else final.drawn(), tuple(last.used.values()), tuple(last.dropped.values()))
+
+    def _refuse_clip_skip(self, spec: JobSpec) -> None:
+        swept = [int(value) for axis in spec.axes if axis.field == "clip_skip" for value in axis.values]
+        if max((spec.clip_skip, *swept)) > self.checkpoint.layers:
             raise InvalidField("clip_skip", f"model {self.checkpoint.name!r} takes 1 to {self.checkpoint.layers}")
-        settlement = _Settlement(self, spec)
-        rewritten = settlement.rewritten()
-        for variant in _variants(rewritten):
-            settlement.check(variant)
-        if settlement.unwanted:
-            rewritten = _each_text(rewritten, lambda _field, text: _without(text, settlement.unwanted))
-        return Settled(rewritten, tuple(settlement.used.values()), tuple(settlement.dropped.values()))
+
+    def applied_in(self, job: JobSpec) -> dict[str, list[str]]:
+        """Return, by name in lower case, the prompts of a job without axes in which embeddings stand."""
+        where: dict[str, list[str]] = {}
+        for field, prompt in job.prompts:
+            for record in self.mentions(prompt, field, job):
+                where.setdefault(record.name.lower(), []).append(field)
+        return where
+
+    def mentions(self, prompt: str, field: str, job: JobSpec) -> list[EmbeddingRecord]:
+        """Return the embeddings that one prompt of a job means, through everything it goes through."""
+        found: list[EmbeddingRecord] = []
+        for text in _segments(prompt, field, job):
+            for item in self.matcher.split(text):
+                if isinstance(item, Mention) and item.embedding not in found:
+                    found.append(item.embedding)
+        return found
 
 
 def _widths(widths: Mapping[str, int]) -> str:
     return ", ".join(f"{encoder} {width}" for encoder, width in sorted(widths.items()))
 
 
+def _with_uses(contract: Contract, spec: JobSpec) -> JobSpec:
+    """Return the spec without comments, and with what `embeddings` asks for as explicit requests in its prompts."""
+
+    def written(field: str, text: str) -> str:
+        text = strip_comments(text)
+        if field.startswith("replace:"):
+            return text
+        there = {plain_name(name).lower() for name in requested(text)}
+        there |= {record.name.lower() for record in contract.mentions(bare(text), field, spec)}
+        for use in spec.embeddings:
+            if _side_of(use, contract) == _side(field) and plain_name(use.name).lower() not in there:
+                text = _with_word(text, f"<{use.name}>")
+                there.add(plain_name(use.name).lower())
+        return text
+
+    return _each_text(spec, written)
+
+
+def _side_of(use: EmbeddingUse, contract: Contract) -> Side:
+    """Return which prompt an embedding belongs in: the one asked for, else the one its kind is for."""
+    if use.side is not None:
+        return use.side
+    try:
+        return "negative" if contract.find(use.name).kind == "Negative" else "positive"
+    except UnknownName:
+        return "positive"
+
+
 class _Settlement:
     """One job on its way through the contract: what it uses, what it does without, which words are to go."""
 
-    def __init__(self, contract: Contract, spec: JobSpec) -> None:
+    def __init__(self, contract: Contract, spec: JobSpec, dropped: Mapping[str, Dropped] | None = None) -> None:
         self._contract, self._spec = contract, spec
         self.used: dict[str, EmbeddingRecord] = {}
-        self.dropped: dict[str, Dropped] = {}
-        self.unwanted: set[str] = set()
+        self.dropped: dict[str, Dropped] = dict(dropped or {})
+        self.unwanted: set[str] = set(spec.without)
         self._versions: dict[str, EmbeddingRecord] = {}
-        self._seen: set[tuple[str, str]] = set()
+        self._seen: set[tuple[object, ...]] = set()
 
-    def rewritten(self) -> JobSpec:
-        """Return the spec with bare names in place of explicit requests, in every text it or its axes hold."""
-        return _each_text(self._spec, self._rewrite)
+    def check_all(self) -> None:
+        """Check what every point of the axes asks for."""
+        for point in _points(self._spec):
+            requests = self._spec.requested_at(point)
+            asked = {field: self._requests(field, text) for field, text in requests.prompts}
+            job = self._spec.at(point)
+            for field, prompt in job.prompts:
+                key = field, prompt, job.steps, job.sampler
+                if key not in self._seen:
+                    self._seen.add(key)
+                    self._check(job, field, prompt, asked[field])
 
-    def _rewrite(self, field: str, written: str) -> str:
-        """Put bare names in place of one text's explicit forms, and add what the job asks for besides."""
-        spec, contract = self._spec, self._contract
-        prompt, explicit = self._replace_explicit(strip_comments(written), field)
-        if field.startswith("replace:"):
-            return prompt
-        _refuse_too_much(prompt, field, spec, (contract.tokenizer, contract.matcher))
-        mentioned = self._mentions(prompt, field)
-        side: Side = "negative" if _is_negative(field) else "positive"
-        for use in spec.embeddings:
-            record = self._asked(use.name, field, only=side, use=use)
-            if record is not None:
-                explicit.append(record)
-                if record.name.lower() not in {m.name.lower() for m in mentioned}:
-                    prompt = _with_word(prompt, _escape(record.name))
-                    mentioned.append(record)
-        names = {record.name.lower() for record in self._mentions(prompt, field)}
-        lost = next((record for record in explicit if record.name.lower() not in names), None)
-        if lost is not None:
-            raise EmbeddingRefused(lost.name, f"its name is not a word of its own in {field}")
-        return prompt
+    def _requests(self, field: str, text: str) -> list[EmbeddingRecord]:
+        """Return what a text asks for explicitly and may have."""
+        network = _EXTRA_NETWORK.search(text)
+        if network and "ignore_extra_networks" not in self._spec.compat:
+            raise InvalidField(field, f"{network.group()!r}: {network.group(1)} networks are not supported; remove it")
+        found = (self._asked(name, field) for name in requested(text))
+        return [record for record in found if record is not None]
 
-    def _asked(
-        self, name: str, field: str, only: Side | None = None, use: EmbeddingUse | None = None
-    ) -> EmbeddingRecord | None:
-        """Return what an explicit request names; None if it belongs in the other prompt, or the job does without."""
+    def _asked(self, name: str, field: str) -> EmbeddingRecord | None:
+        """Return what an explicit request names; None if the job does without."""
         try:
             record = self._contract.find(name)
         except UnknownName as error:
-            if use is not None and (use.side or "positive") != only:
-                return None
-            self._do_without(name, field, error)
-            return None
-        if use is not None and (use.side or ("negative" if record.kind == "Negative" else "positive")) != only:
+            self._do_without(f"<{plain_name(name)}>", field, error)
             return None
         reason = self._contract.why_not(record, explicit=True)
         if reason is not None:
-            self._do_without(record.name, field, EmbeddingRefused(record.name, reason))
+            self._do_without(f"<{plain_name(name)}>", field, EmbeddingRefused(record.name, reason))
             return None
         before = self._versions.setdefault(record.name.lower(), record)
         if before.content_id != record.content_id:
             raise EmbeddingRefused(record.name, "the job asks for two versions of it; one job takes one")
         return record
 
-    def _do_without(self, name: str, field: str, error: UsageError) -> None:
-        """Refuse the job, unless it may do without."""
+    def _check(self, job: JobSpec, field: str, prompt: str, explicit: Sequence[EmbeddingRecord]) -> None:
+        """Note what one prompt uses, and refuse what it should not ask for."""
+        contract = self._contract
+        _refuse_too_much(prompt, field, job, (contract.tokenizer, contract.matcher))
+        mentioned = contract.mentions(prompt, field, job)
+        names = {record.name.lower() for record in mentioned}
+        lost = next((record for record in explicit if record.name.lower() not in names), None)
+        if lost is not None:
+            raise EmbeddingRefused(lost.name, f"its name is not a word of its own in {field}")
+        for record in mentioned:
+            reason = contract.why_not(record)
+            if reason is None:
+                self.used[record.name.lower()] = self._versions.get(record.name.lower(), record)
+            else:
+                self._do_without(record.name, field, EmbeddingRefused(record.name, reason))
+        for word, near in _near_misses(prompt, field, contract, job):
+            self._do_without(word, field, UnknownName("embedding", word, near))
+
+    def _do_without(self, word: str, field: str, error: UsageError) -> None:
+        """Refuse the job, unless it may do without; a word in angle brackets is an explicit request."""
         if self._spec.on_missing == "fail":
             raise error
-        key = f"{field.partition('.')[0]}/{name.lower()}"
-        self.dropped.setdefault(key, Dropped(name=name, field=field, reason=str(error)))
+        name = word.strip("<>")
+        self.dropped.setdefault(f"{field}/{name.lower()}", Dropped(name=name, field=field, reason=str(error)))
         if self._spec.on_missing == "drop":
-            self.unwanted.add(name)
-
-    def _replace_explicit(self, prompt: str, field: str) -> tuple[str, list[EmbeddingRecord]]:
-        """Put bare names in place of explicit forms, apart from the words around; return the embeddings they name."""
-        network = _EXTRA_NETWORK.search(prompt)
-        if network and "ignore_extra_networks" not in self._spec.compat:
-            raise InvalidField(field, f"{network.group()!r}: {network.group(1)} networks are not supported; remove it")
-        explicit: list[EmbeddingRecord] = []
-
-        def bare(match: re.Match[str]) -> str:
-            asked = match["comfy"] or match["angle"]
-            record = self._asked(asked, field)
-            name = asked if record is None else record.name
-            if record is not None:
-                explicit.append(record)
-            before, after = prompt[: match.start()][-1:], prompt[match.end() :][:1]
-            return f"{' ' * before.isalnum()}{_escape(name)}{' ' * after.isalnum()}"
-
-        return _EXPLICIT.sub(bare, prompt), explicit
-
-    def _mentions(self, prompt: str, field: str) -> list[EmbeddingRecord]:
-        return _mentions(prompt, field, self._contract.matcher, self._spec)
-
-    def check(self, variant: JobSpec) -> None:
-        """Note what the prompts of one point of the axes use, and refuse what they should not ask for."""
-        for field, prompt in variant.prompts:
-            if (field, prompt) in self._seen:
-                continue
-            self._seen.add((field, prompt))
-            for record in self._mentions(prompt, field):
-                reason = self._contract.why_not(record)
-                if reason is None:
-                    self.used[record.name.lower()] = self._versions.get(record.name.lower(), record)
-                else:
-                    self._do_without(record.name, field, EmbeddingRefused(record.name, reason))
-            for word, near in _near_misses(prompt, field, self._contract, variant):
-                self._do_without(word, field, UnknownName("embedding", word, near))
+            self.unwanted.add(word.lower())
 
 
 def _each_text(spec: JobSpec, change: Callable[[str, str], str]) -> JobSpec:
@@ -258,41 +281,49 @@ def _each_text(spec: JobSpec, change: Callable[[str, str], str]) -> JobSpec:
     return changed.model_copy(update={"axes": tuple(axes)})
 
 
-def _variants(spec: JobSpec) -> Iterator[JobSpec]:
-    """Yield the job at every point where its prompts differ; with too many of them, at each value of each axis."""
-    text = [axis for axis in spec.axes if axis.is_text]
-    first = {axis.field: axis.values[0] for axis in text}
+def _points(spec: JobSpec) -> Iterator[dict[str, Value]]:
+    """Yield every point at which prompts say something else; with too many of them, each value beside the others' first.
+
+    Where prompts change while a picture is drawn, steps and sampler decide what is reached.
+    """
+    changing = any("[" in text for _, text in _all_texts(spec))
+    axes = [axis for axis in spec.axes if axis.is_text or (changing and axis.field in ("steps", "sampler"))]
+    first = {axis.field: axis.values[0] for axis in spec.axes}
     if spec.text_variants <= MAX_CHECKED:
-        points = ({a.field: v for a, v in zip(text, p, strict=True)} for p in product(*(a.values for a in text)))
+        points = ({a.field: v for a, v in zip(axes, p, strict=True)} for p in product(*(a.values for a in axes)))
     else:
-        points = (first | {axis.field: value} for axis in text for value in axis.values)
+        points = ({axis.field: value} for axis in axes for value in axis.values)
     for point in points:
-        yield spec.at(point)
+        yield first | point
 
 
-def _without(prompt: str, names: Collection[str]) -> str:
-    """Take names out of a prompt, and the commas they leave alone."""
-    for name in sorted(names, key=len, reverse=True):
-        if written(name).search(prompt):
-            prompt = written(name).sub("", prompt)
-            prompt = re.sub(r"[(\[]\s*(:[\d.\s]*)?[)\]]", "", prompt)
-            prompt = re.sub(r"(,\s*)+(?=,|$)|^(\s*,)+\s*", "", prompt.strip()).strip()
-    return prompt
+def _all_texts(spec: JobSpec) -> Iterator[tuple[str, str]]:
+    yield from spec.prompts
+    for axis in spec.axes:
+        if axis.is_text and axis.kind != "strength":
+            yield from ((axis.field, str(value)) for value in axis.values)
+
+
+def _refuse_idle_strength(spec: JobSpec) -> None:
+    """Refuse a strength that no prompt has a use for.
+
+    Raises:
+        InvalidField: the name stands nowhere.
+    """
+    for axis in spec.axes:
+        texts = (bare(text) for _, text in _all_texts(spec))
+        if axis.kind == "strength" and not any(standing(axis.subject).search(text) for text in texts):
+            raise InvalidField("axes", f"{axis.field}: {axis.subject!r} stands in none of the prompts")
 
 
 def combination_misses(image: ImageSpec, lock: Lock, contract: Contract) -> list[str]:
-    """Return the embeddings that one image of a large sweep asks for and its job's lock does not hold.
+    """Return the embeddings that one image of a large sweep means and its job's lock does not hold.
 
-    Sweeps of more than MAX_CHECKED prompts are checked value by value when submitted, and image by image when claimed.
+    Sweeps of more than MAX_CHECKED prompts are checked value by value when submitted, and image by image when claimed,
+    with the names there were when the job was submitted.
     """
-    held = {record.content_id for record in lock.embeddings}
-    away = {dropped.name.lower() for dropped in lock.dropped}
-    found = [r for field, prompt in image.job.prompts for r in _mentions(prompt, field, contract.matcher, image.job)]
-    locked = {record.name.lower() for record in lock.embeddings}
-    names = [r.name for r in found if r.content_id not in held and r.name.lower() not in away | locked]
-    for field, prompt in image.job.prompts:
-        names += [word for word, _ in _near_misses(prompt, field, contract, image.job) if word.lower() not in away]
-    return names
+    locked = {record.name.lower() for record in lock.embeddings} | {dropped.name.lower() for dropped in lock.dropped}
+    return [name for name in contract.applied_in(image.job) if name not in locked]
 
 
 def _refuse_too_much(prompt: str, field: str, spec: JobSpec, layout: tuple[ClipTokenizer, NameMatcher]) -> None:
@@ -307,8 +338,8 @@ def _refuse_too_much(prompt: str, field: str, spec: JobSpec, layout: tuple[ClipT
         )
 
 
-def refuse_changing(spec: JobSpec) -> None:
-    """Refuse a prompt that says different things at different steps, or several at once.
+def _refuse_changing(spec: JobSpec) -> None:
+    """Refuse to pack a prompt that says different things at different steps, or several at once.
 
     Raises:
         InvalidField: it does.
@@ -316,6 +347,10 @@ def refuse_changing(spec: JobSpec) -> None:
     parts = split_and(spec.prompt)
     if len(parts) > 1 or parts[0][1] != 1 or len(list(_texts(spec.prompt, "prompt", spec))) > 1:
         raise InvalidField("prompt", "cannot be packed: it uses AND, or changes while the picture is drawn")
+
+
+def _side(field: str) -> Side:
+    return "negative" if _is_negative(field) else "positive"
 
 
 def _is_negative(field: str) -> bool:
@@ -350,15 +385,6 @@ def _with_word(prompt: str, word: str) -> str:
     return after if plain and parse_attention(after)[-1].weight == 1 else f"{word}, {prompt}"
 
 
-def _mentions(prompt: str, field: str, matcher: NameMatcher, spec: JobSpec) -> list[EmbeddingRecord]:
-    found: list[EmbeddingRecord] = []
-    for text in _segments(prompt, field, spec):
-        for item in matcher.split(text):
-            if isinstance(item, Mention) and item.embedding not in found:
-                found.append(item.embedding)
-    return found
-
-
 def _near_misses(prompt: str, field: str, contract: Contract, spec: JobSpec) -> Iterator[tuple[str, tuple[str, ...]]]:
     """Yield words that look like misspelt names, with the names they look like."""
     words: dict[str, None] = {}
@@ -366,7 +392,7 @@ def _near_misses(prompt: str, field: str, contract: Contract, spec: JobSpec) -> 
         text = segment
         for item in contract.matcher.split(segment):
             if isinstance(item, Mention):
-                text = written(item.embedding.name).sub(" ", text)
+                text = _written(item.embedding.name).sub(" ", text)
         words |= dict.fromkeys(word for word in _WORDS.findall(text) if _CODE_LIKE.search(word))
     if words:
         names = [name for name, record in contract.known.items() if record.state == "active"]
@@ -374,6 +400,11 @@ def _near_misses(prompt: str, field: str, contract: Contract, spec: JobSpec) -> 
             near = _within_two_edits(word.lower(), names)
             if near:
                 yield word, tuple(contract.known[name].name for name in near)
+
+
+def _written(name: str) -> re.Pattern[str]:
+    """Match a name anywhere, as prompts may write it: in any case, with or without spaces between its parts."""
+    return re.compile(r"\s*".join(re.escape(c) for c in name if not c.isspace()), re.IGNORECASE)
 
 
 def _within_two_edits(word: str, names: Iterable[str]) -> tuple[str, ...]:
@@ -389,7 +420,3 @@ def edit_distance(left: str, right: str) -> int:
         for j, b in enumerate(right, 1):
             above, row[j] = row[j], min(row[j] + 1, row[j - 1] + 1, above + (a != b))
     return row[-1]
-
-
-def _escape(name: str) -> str:
-    return re.sub(r"([()\[\]\\])", r"\\\1", name)
