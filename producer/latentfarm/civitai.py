@@ -9,16 +9,16 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 from urllib.parse import parse_qs, urlsplit, urlunsplit
 
 from latentfarm_shared.errors import FarmError, InvalidField, Unavailable, UnreadableFile
-from latentfarm_shared.intake import as_png
 from latentfarm_shared.sources import Details, Kind, read_side
 
-from latentfarm.downloads import Downloader, Fetched
+from latentfarm.downloads import Downloader, Fetched, origin
 
 HOSTS = ("civitai.com", "www.civitai.com", "civitai.red", "www.civitai.red", "civitai.green")
 _AIR = re.compile(r"(?:urn:)?air:\w+:embedding:civitai:(\d+)@(\d+)", re.IGNORECASE)
@@ -66,9 +66,10 @@ class Civitai:
             UnreadableFile: the site has no such thing, it is no embedding, or a scan found it dangerous.
             Unavailable: the site does not answer.
         """
+        source = without_secrets(source)
         version = self._version(source)
-        parent = version.get("model")
-        kind = parent.get("type") if isinstance(parent, dict) else None
+        version["model"] = self._page_of(version)
+        kind = version["model"].get("type")
         if kind not in (None, "TextualInversion"):
             raise UnreadableFile(source, f"is a {kind}, not an embedding")
         chosen = _chosen([f for f in version.get("files") or () if isinstance(f, dict)])
@@ -85,7 +86,8 @@ class Civitai:
         """
         import hashlib  # noqa: PLC0415
 
-        with self._downloader.fetch(file.url, self._token) as fetched:
+        token = self._token if origin(file.url) == origin(self._base) else None
+        with self._downloader.fetch(file.url, token) as fetched:
             with fetched.path.open("rb") as opened:
                 found = hashlib.file_digest(opened, "sha256").hexdigest()
             if file.sha256 and found != file.sha256:
@@ -94,15 +96,15 @@ class Civitai:
                 raise UnreadableFile(file.name, f"{what}" if what else reason)
             yield fetched
 
-    def preview(self, file: CivitaiFile) -> bytes:
-        """Return the version's first picture as PNG; nothing if it cannot be had."""
-        if not file.preview_url:
-            return b""
-        try:
-            status, data = self._downloader.get(file.preview_url)
-        except FarmError:
-            return b""
-        return as_png(data) if status == 200 else b""
+    @contextmanager
+    def preview(self, file: CivitaiFile) -> Iterator[Path | None]:
+        """Fetch the version's first picture, if it can be had."""
+        with ExitStack() as held:
+            path = None
+            if file.preview_url:
+                with suppress(FarmError):
+                    path = held.enter_context(self._downloader.fetch(file.preview_url)).path
+            yield path
 
     def _version(self, source: str) -> dict[str, Any]:
         """Return the description of the version a source names."""
@@ -115,6 +117,15 @@ class Civitai:
             return {"modelId": model, "model": {key: page[key] for key in page if key != "modelVersions"}} | versions[0]
         path = f"by-hash/{digest}" if version is None else str(version)
         return self._get(f"/api/v1/model-versions/{path}", source)
+
+    def _page_of(self, version: dict[str, Any]) -> dict[str, Any]:
+        """Return what the version's page says of it, permissions too, as far as it can be had."""
+        parent, model = version.get("model"), version.get("modelId")
+        known = dict(parent) if isinstance(parent, dict) else {}
+        if "allowNoCredit" not in known and isinstance(model, int):
+            with suppress(FarmError):
+                known = self._get(f"/api/v1/models/{model}", str(model)) | known
+        return {key: value for key, value in known.items() if key != "modelVersions"}
 
     def _get(self, path: str, source: str) -> dict[str, Any]:
         status, body = self._downloader.get(self._base + path, self._token)
@@ -138,7 +149,8 @@ class Civitai:
         sha256 = str((hashes if isinstance(hashes, dict) else {}).get("SHA256") or "").lower() or None
         about, _ = read_side(json.dumps(version))
         kind: Kind = "Negative" if file.get("type") == "Negative" else "Model"
-        details = Details(origin=source, kind=kind, about=about)
+        origin_ = f"civitai:{version.get('modelId')}@{version.get('id')}"
+        details = Details(origin=origin_, kind=kind, about=about)
         images = [i for i in version.get("images") or () if isinstance(i, dict) and i.get("type", "image") == "image"]
         url = self._own(str(file.get("downloadUrl") or version.get("downloadUrl") or ""))
         return CivitaiFile(
@@ -151,6 +163,16 @@ class Civitai:
         if parts.hostname in HOSTS:
             return urlunsplit(parts._replace(scheme=base.scheme, netloc=base.netloc))
         return url
+
+
+def without_secrets(source: str) -> str:
+    """Return a source as it may be kept and shown: of an address's query only the version is left."""
+    if not source.startswith(("http://", "https://")):
+        return source
+    parts = urlsplit(source)
+    version = parse_qs(parts.query).get("modelVersionId", [""])[0]
+    query = f"modelVersionId={version}" if version.isdecimal() else ""
+    return urlunsplit(parts._replace(query=query, fragment="", netloc=parts.netloc.rpartition("@")[2]))
 
 
 def _parsed(source: str) -> tuple[int | None, int | None, str | None]:

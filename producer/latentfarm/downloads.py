@@ -60,10 +60,30 @@ class _Guard(httpcore2.NetworkBackend):
 
 
 def is_public(address: str) -> bool:
-    """Tell whether an IP address is one of the open internet, also if it is written as IPv6."""
+    """Tell whether an IP address is one of the open internet, also if an IPv4 address is written into it."""
     parsed = ipaddress.ip_address(address.partition("%")[0])
-    mapped = getattr(parsed, "ipv4_mapped", None) or getattr(parsed, "sixtofour", None)
-    return parsed.is_global and not parsed.is_multicast and (mapped is None or bool(mapped.is_global))
+    inner = _embedded(parsed) if isinstance(parsed, ipaddress.IPv6Address) else None
+    if inner is not None:
+        return is_public(str(inner))
+    closed = parsed.is_multicast or (isinstance(parsed, ipaddress.IPv6Address) and parsed.is_site_local)
+    return (
+        parsed.is_global
+        and not closed
+        and not any(parsed in net for net in _TRANSLATED if net.version == parsed.version)
+    )
+
+
+_TRANSLATED = (ipaddress.ip_network("64:ff9b:1::/48"), ipaddress.ip_network("2001::/32"))  # local NAT64, Teredo
+_CARRIES_IPV4 = (ipaddress.ip_network("64:ff9b::/96"), ipaddress.ip_network("::/96"))  # NAT64, IPv4-compatible
+
+
+def _embedded(address: ipaddress.IPv6Address) -> ipaddress.IPv4Address | None:
+    """Return the IPv4 address that an IPv6 address leads to, if it does."""
+    if address in (ipaddress.IPv6Address("::"), ipaddress.IPv6Address("::1")):
+        return None
+    if any(address in network for network in _CARRIES_IPV4):
+        return ipaddress.IPv4Address(int(address) & 0xFFFFFFFF)
+    return address.ipv4_mapped or address.sixtofour
 
 
 @dataclass(frozen=True)
@@ -103,16 +123,24 @@ class Downloader:
 
     def get(self, url: str, token: str | None = None) -> tuple[int, bytes]:
         """Return status and body of a small answer; errors as `fetch`, but for those of the server."""
-        with self._answer(url, self._headers(token)) as (_, response):
-            return response.status, self._limited(response)
+        began, body = time.monotonic(), bytearray()
+        try:
+            with self._answer(url, self._headers(token)) as (_, response):
+                for part in response.iter_stream():
+                    body += part
+                    self._refuse_endless(len(body), began)
+                return response.status, bytes(body)
+        except _NETWORK as error:
+            raise Unavailable(origin(url)[1], type(error).__name__, "try again later") from error
 
-    def _limited(self, response: httpcore2.Response) -> bytes:
-        body = bytearray()
-        for part in response.iter_stream():
-            body += part
-            if len(body) > self._max_bytes:
-                raise UnreadableFile("answer", f"TOO_LARGE: larger than {self._max_bytes // 2**20} MB")
-        return bytes(body)
+    def _refuse_endless(self, size: int, began: float) -> None:
+        """Leave a body that is too large or comes too slowly."""
+        if size > self._max_bytes:
+            raise UnreadableFile(
+                "download", f"TOO_LARGE: more than {self._max_bytes // 2**20} MB; embeddings are small"
+            )
+        if time.monotonic() - began > TOTAL_S:
+            raise Unavailable("download", f"slower than {TOTAL_S:.0f} s", "try again later")
 
     @staticmethod
     def _headers(token: str | None) -> dict[str, str]:
@@ -120,14 +148,16 @@ class Downloader:
 
     def _to_file(self, url: str, path: Path, token: str | None) -> Fetched:
         """Fetch with a few tries; a try that brought something goes on where the last one ended."""
-        began, pause, failure = time.monotonic(), 0.5, "no answer"
+        began, pause, failure, tag = time.monotonic(), 0.5, "no answer", ""
         for _ in range(RETRIES):
             have = path.stat().st_size if path.exists() else 0
-            headers = self._headers(token) | ({"Range": f"bytes={have}-"} if have else {})
+            part = {"Range": f"bytes={have}-"} | ({"If-Range": tag} if tag else {})
             try:
-                with self._answer(url, headers) as (final, response):
+                with self._answer(url, self._headers(token) | (part if have else {})) as (final, response):
                     wait = _retry_after(response)
                     if wait is None:
+                        etag = _header(response, "etag")
+                        tag = "" if etag.startswith("W/") else etag
                         self._save(response, path, have, began)
                         return _described(path, final, response)
                     failure = f"answered {response.status}"
@@ -148,27 +178,23 @@ class Downloader:
             raise httpcore2.ReadError("the server sent another part than was asked for")
         length = _header(response, "content-length")
         expected = start + int(length) if length.isdecimal() else None
-        if (expected or 0) > self._max_bytes:
-            raise UnreadableFile("download", f"TOO_LARGE: {(expected or 0) / 2**20:.0f} MB; embeddings are small")
+        self._refuse_endless(expected or 0, began)
         with path.open("r+b" if start else "wb") as file:
             file.seek(start)
             file.truncate()
             for part in response.iter_stream():
                 file.write(part)
-                if file.tell() > self._max_bytes:
-                    raise UnreadableFile("download", f"TOO_LARGE: more than {self._max_bytes // 2**20} MB")
-                if time.monotonic() - began > TOTAL_S:
-                    raise Unavailable("download", f"slower than {TOTAL_S:.0f} s", "try again later")
+                self._refuse_endless(file.tell(), began)
         if expected is not None and path.stat().st_size < expected:
             raise httpcore2.ReadError("the body ended early")
 
     @contextmanager
     def _answer(self, url: str, headers: Mapping[str, str]) -> Iterator[tuple[str, httpcore2.Response]]:
         """Ask, following redirects; credentials stay with the host they were given for."""
-        first = _origin(url)
+        first = origin(url)
         for _ in range(MAX_REDIRECTS + 1):
-            origin = _origin(url)
-            sent = [(k, v) for k, v in headers.items() if k != "Authorization" or origin == first]
+            at = origin(url)
+            sent = [(k, v) for k, v in headers.items() if k != "Authorization" or at == first]
             timeout = {"connect": CONNECT_S, "read": READ_S, "write": READ_S, "pool": READ_S}
             try:
                 with self._pool.stream("GET", url, headers=sent, extensions={"timeout": timeout}) as response:
@@ -177,13 +203,15 @@ class Downloader:
                         return
                     target = _header(response, "location")
             except httpcore2.ConnectError as error:
-                raise Unavailable(origin[1], f"no answer ({error})", "check the address") from error
+                raise Unavailable(at[1], f"no answer ({error})", "check the address") from error
             url = urljoin(url, target)
-        raise UnreadableFile(url, "is redirected again and again")
+            if at[0] == "https" and origin(url)[0] != "https":
+                raise UnreadableFile(at[1], "redirects from https to an address anybody can listen to")
+        raise UnreadableFile(first[1], "is redirected again and again")
 
 
-def _origin(url: str) -> tuple[str, str, int]:
-    """Return scheme, host and port of an address.
+def origin(url: str) -> tuple[str, str, int]:
+    """Return scheme, host and port of an address; credentials go to one of these and no other.
 
     Raises:
         InvalidField: it is no http address.
@@ -192,9 +220,10 @@ def _origin(url: str) -> tuple[str, str, int]:
         parts = urlsplit(url)
         port = parts.port
     except ValueError as error:
-        raise InvalidField("URL", f"{url[:100]!r} is no address") from error
+        raise InvalidField("URL", "is no address") from error
     if parts.scheme not in ("http", "https") or not parts.hostname or parts.username:
-        raise InvalidField("URL", f"{url[:100]!r} should be like https://host/file.safetensors")
+        shown = url.partition("?")[0].rpartition("@")[2]
+        raise InvalidField("URL", f"{shown[:100]!r} should be like https://host/file.safetensors")
     return parts.scheme, parts.hostname, port or (443 if parts.scheme == "https" else 80)
 
 

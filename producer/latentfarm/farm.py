@@ -14,7 +14,7 @@ from latentfarm_shared.errors import Unavailable
 from latentfarm_shared.intake import Intake
 from latentfarm_shared.ledger import Ledger, WorkerStatus
 from latentfarm_shared.ledger.ledger import queue_name
-from latentfarm_shared.library import EmbeddingLibrary, name_key
+from latentfarm_shared.library import EmbeddingLibrary, check_owner, name_key
 from latentfarm_shared.prompts.contract import Contract
 from latentfarm_shared.records import CheckpointRecord, EmbeddingRecord, Lock
 from latentfarm_shared.registry import Registry
@@ -43,7 +43,7 @@ class Farm:
         self.registry = Registry(self.ledger.redis, self.store)
         self.library = EmbeddingLibrary(self.ledger, self.store)
         self._vocabularies = Vocabularies(self.registry, settings.cache)
-        self.owner = settings.owner if owner is None else owner
+        self.owner = settings.owner if owner is None else check_owner(owner)
         sandbox = Sandbox(settings.caps)
         intake = Intake(self.library, self.registry, self._vocabularies, sandbox, self.owner)
         self.embeddings = Embeddings(self.library, intake, settings)
@@ -112,7 +112,16 @@ class Farm:
         Raises:
             UsageError, Unavailable: as `generate`.
         """
-        job = self._send(*self.freeze(spec), job_id)
+        return self.submit_frozen(*self.freeze(spec), job_id)
+
+    def submit_frozen(self, spec: JobSpec, lock: Lock, job_id: str | None = None) -> Job:
+        """Submit what `freeze` returned.
+
+        Raises:
+            EmbeddingRefused: a name was removed since.
+            Unavailable: as `generate`.
+        """
+        job = self._send(spec, lock, job_id)
         self.ledger.acknowledge()
         return job
 
@@ -205,7 +214,7 @@ class Farm:
         prompt: str = PREVIEW_PROMPT,
     ) -> Job:
         """Submit a job that draws an embedding at several strengths and seeds; `studies.sheet_of` lays it out."""
-        return self.submit(sweep_spec(self.embeddings.show(name), model, prompt, strengths, seeds))
+        return self.submit(sweep_spec(self.embeddings.show(name), name, model, prompt, strengths, seeds))
 
     def job(self, job_id: str) -> Job:
         """Return a job by its id or an unambiguous beginning of it.

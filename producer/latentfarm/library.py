@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -19,15 +20,17 @@ from latentfarm_shared.embeddings.arithmetic import combine, compare, near_dupli
 from latentfarm_shared.embeddings.export import FORMATS, exported
 from latentfarm_shared.embeddings.files import EmbeddingFile
 from latentfarm_shared.errors import FarmError, InvalidField, UsageError
-from latentfarm_shared.intake import Intake, beside, embedding_paths, find_pairs
+from latentfarm_shared.intake import Intake, embedding_paths, find_pairs
 from latentfarm_shared.library import EmbeddingLibrary, check_name, name_key
 from latentfarm_shared.records import CheckpointRecord, EmbeddingRecord
 from latentfarm_shared.registry import Registry
 from latentfarm_shared.settings import Settings
 from latentfarm_shared.sources import Details, Kind, Source
 
-from latentfarm.civitai import Civitai, is_civitai
+from latentfarm.civitai import Civitai, is_civitai, without_secrets
 from latentfarm.downloads import Downloader
+
+READERS = 16
 
 
 @dataclass(frozen=True)
@@ -135,7 +138,7 @@ class Embeddings:
         for path in (path for path in paths if path not in halves.values()):
             told = details
             if with_sides:
-                own = beside(path)
+                own = self._intake.beside(path)
                 told = replace(own, allow_word=details.allow_word, kind=details.kind or own.kind)
             if path.stem.lower() in seen:
                 other = seen[path.stem.lower()]
@@ -174,35 +177,34 @@ class Embeddings:
         return Downloader(max_bytes=self._settings.caps.file_bytes, allow_private=self._settings.allow_private_urls)
 
     def _from_url(self, url: str, name: str | None, details: Details) -> Taken:
+        shown = without_secrets(url)
         try:
             with self._downloader().fetch(url) as fetched:
-                stem = name or Path(fetched.file_name).stem or None
-                plain = url.partition("?")[0]
-                return Taken(plain, tuple(self._intake.take(fetched.path, stem, replace(details, origin=plain))))
+                told = replace(details, origin=shown)
+                return Taken(shown, tuple(self._intake.take(fetched.path, name, told, file_name=fetched.file_name)))
         except FarmError as error:
-            return Taken(url.partition("?")[0], error=error)
+            return Taken(shown, error=error)
 
     def _from_civitai(self, source: str, name: str | None, details: Details) -> list[Taken]:
         site = Civitai(self._downloader(), self._settings.civitai_url, self._settings.civitai_token)
+        shown = without_secrets(source)
         try:
             files = site.files(source)
         except FarmError as error:
-            return [Taken(source, error=error)]
+            return [Taken(shown, error=error)]
         taken = []
         for file in files:
+            with site.preview(file) as picture:
+                preview = b"" if picture is None else self._intake.sandbox.picture(picture)
             told = replace(
-                file.details,
-                allow_word=details.allow_word,
-                kind=details.kind or file.details.kind,
-                preview=site.preview(file),
+                file.details, allow_word=details.allow_word, kind=details.kind or file.details.kind, preview=preview
             )
             own = name if name is None or len(files) == 1 or told.kind == "Model" else f"{name}-neg"
             try:
                 with site.fetch(file) as fetched:
-                    stem = own or Path(file.name).stem
-                    taken.append(Taken(source, tuple(self._intake.take(fetched.path, stem, told))))
+                    taken.append(Taken(shown, tuple(self._intake.take(fetched.path, own, told, file_name=file.name))))
             except FarmError as error:
-                taken.append(Taken(f"{source} {file.name}", error=error))
+                taken.append(Taken(f"{shown} {file.name}", error=error))
         return taken
 
     # ---- looking
@@ -255,19 +257,26 @@ class Embeddings:
         Likeness is the mean over an embedding's vectors of the best cosine among the other's.
         """
         record = self.show(name)
-        others = [r for r in self.ls() if r.widths == record.widths and r.name.lower() != record.name.lower()]
+        others = [r for r in self.ls() if r.widths == record.widths and r.content_id != record.content_id]
         own = self.library.tensors(record)
-        return near_duplicates(own, {r.name: self.library.tensors(r) for r in others})
+        return near_duplicates(own, self._tensors(others))
+
+    def _tensors(self, records: Sequence[EmbeddingRecord]) -> dict[str, EmbeddingFile]:
+        """Return tensors by name, fetched side by side."""
+        with ThreadPoolExecutor(READERS) as pool:
+            files = pool.map(self.library.tensors, records)
+            return {record.name: file for record, file in zip(records, files, strict=True)}
 
     def duplicates(self, least: float = 0.98) -> list[tuple[str, str, float]]:
-        """Return pairs of embeddings whose likeness is `least` or more, the most alike first."""
+        """Return pairs of embeddings whose likeness is `least` or more, the most alike first; aliases do not count."""
         records = self.ls()
-        contents = {record.content_id: self.library.tensors(record) for record in records}
-        pairs = []
+        contents, pairs = self._tensors(records), []
         for number, record in enumerate(records):
-            own = contents[record.content_id]
-            others = {r.name: contents[r.content_id] for r in records[number + 1 :] if r.widths == record.widths}
-            pairs += [(record.name, other, score) for other, score in near_duplicates(own, others) if score >= least]
+            later = [
+                r for r in records[number + 1 :] if r.widths == record.widths and r.content_id != record.content_id
+            ]
+            found = near_duplicates(contents[record.name], {r.name: contents[r.name] for r in later})
+            pairs += [(record.name, other, score) for other, score in found if score >= least]
         return sorted(pairs, key=lambda pair: -pair[2])
 
     # ---- names

@@ -8,9 +8,10 @@ from dataclasses import dataclass
 from typing import Protocol
 
 import numpy as np
+from latentfarm_shared.embeddings.files import EmbeddingFile
 from latentfarm_shared.ledger import JobStatus
 from latentfarm_shared.library import EmbeddingLibrary
-from latentfarm_shared.records import EmbeddingRecord
+from latentfarm_shared.records import EmbeddingRecord, Lock
 from latentfarm_shared.specs import Axis, JobSpec, Pack
 from PIL import Image
 
@@ -30,6 +31,14 @@ class Studio(Protocol):
     embeddings: Embeddings
     library: EmbeddingLibrary
 
+    def freeze(self, spec: JobSpec) -> tuple[JobSpec, Lock]:
+        """Settle a job."""
+        ...
+
+    def submit_frozen(self, spec: JobSpec, lock: Lock) -> Job:
+        """Submit a job that is settled."""
+        ...
+
     def submit_all(self, specs: Sequence[JobSpec]) -> list[Job]:
         """Submit several jobs."""
         ...
@@ -39,7 +48,8 @@ class Studio(Protocol):
 class Preview:
     """Pictures with and without an embedding at fixed seeds, and how far it moves them.
 
-    `effect` is the mean difference of pixels, 0 to 1; below 0.01 the embedding does next to nothing.
+    `effect` is the mean difference of pixels, 0 to 1, from pictures with as many vectors of zeros in its place: any tokens
+    move a picture by the room they take, a dead embedding by nothing more.
     """
 
     record: EmbeddingRecord
@@ -57,15 +67,20 @@ class Preview:
 def preview(
     farm: Studio, name: str, model: str, prompt: str, timeout_s: float | None = None, watch: Watch | None = None
 ) -> Preview:
-    """Render with and without an embedding at four seeds; the first picture with it becomes the card's."""
+    """Render without, with, and with zeros in place of an embedding, at four seeds; one picture becomes the card's."""
     record = farm.embeddings.show(name)
     side = "negative" if record.kind == "Negative" else "positive"
     shared = {"prompt": prompt, "model": model, "seed": PREVIEW_SEED, "count": PREVIEW_SEEDS, "lane": "batch"}
     plain = JobSpec.check(shared)
     using = JobSpec.check(shared | {"embeddings": [{"name": name, "side": side}]})
-    jobs = farm.submit_all([plain, using])
-    pictures = [_pictures(job, timeout_s, watch) for job in jobs]
-    effect = float(np.mean([_difference(a, b) for a, b in zip(*pictures, strict=True)]))
+    spec, lock = farm.freeze(using)
+    jobs = [
+        *farm.submit_all([plain]),
+        farm.submit_frozen(spec, lock),
+        farm.submit_frozen(spec, _with_zeros(farm, lock)),
+    ]
+    *pictures, zeros = [_pictures(job, timeout_s, watch) for job in jobs]
+    effect = float(np.mean([_difference(a, b) for a, b in zip(pictures[1], zeros, strict=True)]))
     captions = [f"seed {PREVIEW_SEED + number}" for number in range(PREVIEW_SEEDS)]
     rows = [
         (f"without: {prompt}", list(zip(captions, pictures[0], strict=True))),
@@ -76,7 +91,19 @@ def preview(
     return Preview(record, effect, pictures[0], pictures[1], sheet)
 
 
-def sweep_spec(record: EmbeddingRecord, model: str, prompt: str, strengths: Sequence[float], seeds: int) -> JobSpec:
+def _with_zeros(farm: Studio, lock: Lock) -> Lock:
+    """Return a lock in which the embeddings' names stand for as many vectors of zeros."""
+    neutral = []
+    for record in lock.embeddings:
+        tensors = {name: np.zeros((record.vectors, width), np.float32) for name, width in record.widths.items()}
+        content_id = farm.library.keep(EmbeddingFile(record.name, "zeros", None, "", tensors))
+        neutral.append(record.model_copy(update={"content_id": content_id}))
+    return lock.model_copy(update={"embeddings": tuple(neutral)})
+
+
+def sweep_spec(
+    record: EmbeddingRecord, name: str, model: str, prompt: str, strengths: Sequence[float], seeds: int
+) -> JobSpec:
     """Return the job that draws an embedding at several strengths and seeds."""
     side = "negative" if record.kind == "Negative" else "positive"
     axes = (Axis(field=f"strength:{record.name}", values=tuple(strengths)), _seed_axis(seeds))
@@ -84,7 +111,7 @@ def sweep_spec(record: EmbeddingRecord, model: str, prompt: str, strengths: Sequ
         {
             "prompt": prompt,
             "model": model,
-            "embeddings": [{"name": record.name, "side": side}],
+            "embeddings": [{"name": name, "side": side}],
             "axes": [axis.model_dump() for axis in axes],
             "seed": PREVIEW_SEED,
             "lane": "batch",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import unicodedata
 from collections.abc import Collection, Iterator
 from functools import lru_cache
 
@@ -15,6 +16,15 @@ def requested(text: str) -> Iterator[str]:
     """Yield the names that a text asks for explicitly, with their versions."""
     for match in _EXPLICIT.finditer(text):
         yield (match["comfy"] or match["angle"]).strip()
+
+
+def folded(name: str) -> str:
+    """Return what two ways to write one name have in common, as prompts are read: case and spaces do not count.
+
+    Spaces count between words, not beside punctuation: `bad - artist` is `bad-artist`, `bad artist` is not.
+    """
+    spaced = " ".join(unicodedata.normalize("NFC", name).lower().split())
+    return re.sub(r" ?([^\w ]) ?", r"\1", spaced)
 
 
 def plain_name(name: str) -> str:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import hashlib
+import os
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 
 from latentfarm_shared.embeddings.files import EmbeddingFile
-from latentfarm_shared.embeddings.sandbox import NotAnEmbedding, Sandbox
+from latentfarm_shared.embeddings.sandbox import NotAnEmbedding, Sandbox, opened
 from latentfarm_shared.errors import InvalidField
 from latentfarm_shared.library import EmbeddingLibrary
 from latentfarm_shared.records import CheckpointRecord, EmbeddingRecord
@@ -19,7 +20,6 @@ from latentfarm_shared.vocabularies import Vocabularies
 KNOWN_WIDTHS = frozenset({768, 1024, 1280, 4096})
 EXTENSIONS = (".pt", ".bin", ".safetensors", ".pti", ".png", ".webp", ".avif")
 PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".gif")
-MAX_PREVIEW_BYTES = 16 * 2**20
 
 
 class Intake:
@@ -37,24 +37,23 @@ class Intake:
         self.library, self.sandbox, self.owner = library, sandbox, owner
         self._registry, self._vocabularies = registry, vocabularies
 
-    def read(self, path: Path, name: str | None = None) -> tuple[list[EmbeddingFile], bytes]:
+    def read(
+        self, path: Path, name: str | None = None, file_name: str | None = None
+    ) -> tuple[list[EmbeddingFile], bytes]:
         """Return the embeddings in a file, and its bytes if they are worth keeping.
+
+        `file_name` is what the file is really called, if `path` is only where it lies.
 
         Raises:
             NotAnEmbedding: it is none, or none the farm takes.
         """
-        try:
-            with path.open("rb") as file:
-                small = path.stat().st_size <= self.sandbox.caps.file_bytes
-                data = file.read() if small else b""
-                file.seek(0)
-                digest = hashlib.sha256(data).hexdigest() if small else hashlib.file_digest(file, "sha256").hexdigest()
-                file.seek(0)
-                found = self.sandbox.read_open(file, path.name, digest)
-        except OSError as error:
-            raise NotAnEmbedding(str(path), f"cannot be opened ({error.strerror or error})", "UNREADABLE") from error
-        except NotAnEmbedding as error:
-            raise NotAnEmbedding(str(path), error.reason, error.refusal) from error
+        with opened(path) as file:
+            small = os.fstat(file.fileno()).st_size <= self.sandbox.caps.file_bytes
+            data = file.read() if small else b""
+            file.seek(0)
+            digest = hashlib.sha256(data).hexdigest() if small else hashlib.file_digest(file, "sha256").hexdigest()
+            file.seek(0)
+            found = self.sandbox.read_open(file, file_name or path.name, digest)
         for item in found:
             self._check(item, path, name)
         return found, data
@@ -75,7 +74,12 @@ class Intake:
         return list(self._registry.checkpoints().values())
 
     def take(
-        self, path: Path, name: str | None = None, details: Details | None = None, by: str = ""
+        self,
+        path: Path,
+        name: str | None = None,
+        details: Details | None = None,
+        by: str = "",
+        file_name: str | None = None,
     ) -> list[EmbeddingRecord]:
         """Read a file and store what it holds, under `name` or the file's stem.
 
@@ -83,13 +87,34 @@ class Intake:
             NotAnEmbedding: it is none, or none the farm takes; says what it is.
             InvalidField: the name cannot be used.
         """
-        found, data = self.read(path, name)
+        found, data = self.read(path, name, file_name)
         if name is not None and len(found) > 1:
             raise InvalidField("name", f"{path} holds {len(found)} embeddings, so one name is not enough")
         details = replace(details or Details(), data=data)
         for item in found:
             self.refuse_word(name or item.stem, details)
         return [self.library.add(item, name, details, owner=self.owner, by=by) for item in found]
+
+    def beside(self, path: Path) -> Details:
+        """Return what the files beside an embedding say of it: `.civitai.info`, A1111's `.json` and `.txt`, a preview."""
+        about, kind = About(), None
+        for suffix in (".civitai.info", ".json"):
+            try:
+                said, meant = read_side(path.with_name(path.stem + suffix).read_text(encoding="utf-8-sig"))
+            except (OSError, ValueError, RecursionError):
+                continue
+            about, kind = about.over(said), kind or meant
+        text = path.with_suffix(".txt")
+        if text.is_file():
+            about = about.over(About(description=text.read_text(encoding="utf-8", errors="replace")[:4000]))
+        return Details(origin=str(path), kind=kind, preview=self._preview(path), about=about)
+
+    def _preview(self, path: Path) -> bytes:
+        for suffix in (*PICTURES, *(".preview" + picture for picture in PICTURES)):
+            picture = path.with_name(path.stem + suffix)
+            if picture != path and picture.is_file():
+                return self.sandbox.picture(picture)
+        return b""
 
     def store(self, file: EmbeddingFile, name: str, details: Details, by: str = "") -> EmbeddingRecord:
         """Store an embedding that was made here.
@@ -122,48 +147,6 @@ def embedding_paths(folder: Path) -> list[Path]:
 def is_candidate(path: Path) -> bool:
     """Tell whether A1111 would try to load a file of this name; previews and side files it passes over."""
     return path.suffix.lower() in EXTENSIONS and path.with_suffix("").suffix.lower() != ".preview"
-
-
-def beside(path: Path) -> Details:
-    """Return what the files beside an embedding say of it: `.civitai.info`, A1111's `.json` and `.txt`, a preview."""
-    about, kind = About(), None
-    for suffix in (".civitai.info", ".json"):
-        try:
-            said, meant = read_side(path.with_name(path.stem + suffix).read_text(encoding="utf-8-sig"))
-        except (OSError, ValueError):
-            continue
-        about, kind = about.over(said), kind or meant
-    text = path.with_suffix(".txt")
-    if text.is_file():
-        about = about.over(About(description=text.read_text(encoding="utf-8", errors="replace")[:4000]))
-    return Details(origin=str(path), kind=kind, preview=_preview(path), about=about)
-
-
-def _preview(path: Path) -> bytes:
-    for suffix in (*PICTURES, *(".preview" + picture for picture in PICTURES)):
-        picture = path.with_name(path.stem + suffix)
-        if picture != path and picture.is_file() and picture.stat().st_size <= MAX_PREVIEW_BYTES:
-            return as_png(picture.read_bytes())
-    return b""
-
-
-def as_png(data: bytes) -> bytes:
-    """Return a picture of any kind as PNG of moderate size, without what else was in it; nothing if it is none."""
-    import io  # noqa: PLC0415
-
-    from PIL import Image  # noqa: PLC0415 - only previews need it
-
-    try:
-        with Image.open(io.BytesIO(data), formats=("PNG", "JPEG", "WEBP", "GIF", "AVIF")) as picture:
-            if picture.width * picture.height > 2**25:
-                return b""
-            small = picture.convert("RGB")
-            small.thumbnail((768, 768))
-            target = io.BytesIO()
-            small.save(target, "PNG")
-            return target.getvalue()
-    except (OSError, ValueError, SyntaxError):
-        return b""
 
 
 def find_pairs(found: Mapping[Path, EmbeddingFile]) -> dict[Path, Path]:

@@ -25,6 +25,7 @@ from pydantic import BaseModel, ConfigDict
 
 from latentfarm_shared.embeddings.files import EmbeddingFile, from_normalised
 from latentfarm_shared.errors import EmbeddingInUse, InvalidField, UnknownName
+from latentfarm_shared.explicit import folded
 from latentfarm_shared.ledger.ledger import Ledger, translated
 from latentfarm_shared.records import EmbeddingRecord
 from latentfarm_shared.sources import Details, Source
@@ -71,8 +72,19 @@ def preview_key(content_id: str) -> str:
 
 
 def name_key(owner: str, name: str) -> str:
-    """Return a name's key in the index; the farm's own names have no owner. Case does not count, as in prompts."""
-    return f"{owner}/{unicodedata.normalize('NFC', name.strip()).lower()}"
+    """Return a name's key in the index; the farm's own names have no owner. Case and spaces count as little as in prompts."""
+    return f"{owner}/{folded(name)}"
+
+
+def check_owner(owner: str) -> str:
+    """Return an owner whose names can be kept apart from others'.
+
+    Raises:
+        InvalidField: too long, or with characters that keys cannot hold.
+    """
+    if len(owner) > 100 or not owner.isprintable() or any(c.isspace() or c == "/" for c in owner):
+        raise InvalidField("owner", f"{owner[:40]!r} should be at most 100 characters without spaces and /")
+    return owner
 
 
 def check_name(name: str, kind: str) -> str:
@@ -159,7 +171,7 @@ class EmbeddingLibrary:
         known = self.visible(owner)
         versioned = _VERSION.fullmatch(name.strip())
         plain = versioned["name"] if versioned else name.strip()
-        record = known.get(plain.lower())
+        record = known.get(folded(plain))
         if record is None:
             raise UnknownName.among("embedding", plain, _active(known))
         if versioned is None:
@@ -258,8 +270,7 @@ class EmbeddingLibrary:
         return self._change(name_key(owner, name), version).record
 
     def _put_content(self, file: EmbeddingFile, details: Details) -> None:
-        content_id = file.content_id
-        self._store.put_once(object_key(content_id), file.normalised(), "application/octet-stream", content_id)
+        content_id = self.keep(file)
         if details.data and len(details.data) <= MAX_STORED_BYTES:
             sha256 = file.file_sha256
             self._store.put_once(f"embeddings/files/{sha256}", details.data, "application/octet-stream", sha256)
@@ -269,6 +280,12 @@ class EmbeddingLibrary:
             self._store.put(key, source.model_dump_json().encode(), "application/json")
         if details.preview:
             self.put_preview(content_id, details.preview)
+
+    def keep(self, file: EmbeddingFile) -> str:
+        """Store an embedding's tensors without a name; return their content id."""
+        content_id = file.content_id
+        self._store.put_once(object_key(content_id), file.normalised(), "application/octet-stream", content_id)
+        return content_id
 
     def put_preview(self, content_id: str, png: bytes) -> None:
         """Make a picture the embedding's card."""

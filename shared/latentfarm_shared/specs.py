@@ -451,7 +451,8 @@ class JobSpec(BaseModel):
             first = error.errors()[0]
             field = ".".join(str(part) for part in first["loc"]) or "spec"
             message = first["msg"].removeprefix("Value error, ").replace("Input should be", "should be")
-            raise InvalidField(field, f"{message}, got {_short(first['input'])}", line) from error
+            given = f", got {_short(first['input'])}" if first["loc"] else ""
+            raise InvalidField(field, message + given, line) from error
         if len(spec.encode().encode()) > MAX_SPEC_BYTES:
             raise InvalidField("prompt", f"the job is larger than {MAX_SPEC_BYTES} bytes", line)
         return spec

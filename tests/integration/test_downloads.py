@@ -319,6 +319,44 @@ def test_server_that_ignores_ranges_is_believed_from_the_start(civitai: Farm, si
     assert civitai.embeddings.add("civitai:9208").vectors == 4
 
 
+def test_token_goes_to_nobody_whom_the_site_names(civitai: Farm, site: Site, store: Site) -> None:
+    found = version(site, file={"downloadUrl": f"{store.url}/presigned"})
+    site.answers["/api/v1/model-versions/9208"] = lambda h: as_json(h, found)
+
+    assert civitai.embeddings.add("civitai:9208").vectors == 4
+
+    assert store.seen
+    assert not any("Authorization" in headers for _, headers in store.seen)
+
+
+def test_token_in_a_pasted_link_is_kept_nowhere(civitai: Farm, site: Site) -> None:
+    record = civitai.embeddings.add(f"{site.url}/api/download/models/9208?token=SECRET")
+    (failed,) = civitai.embeddings.add_all(f"{site.url}/api/download/models/77?token=SECRET")
+
+    assert "SECRET" not in str(civitai.library.sources(record.content_id))
+    assert "SECRET" not in f"{failed.source} {failed.error}"
+
+
+def test_permissions_come_from_the_page(civitai: Farm, site: Site) -> None:
+    page = {"id": 7808, "type": "TextualInversion", "allowNoCredit": False, "allowCommercialUse": ["Sell"]}
+    site.answers["/api/v1/models/7808"] = lambda h: as_json(h, page)
+
+    (source,) = civitai.library.sources(civitai.embeddings.add("civitai:9208").content_id)
+
+    assert "allowNoCredit: False" in source.licence
+
+
+def test_preview_that_breaks_off_or_bursts_is_done_without(civitai: Farm, site: Site) -> None:
+    def broken(handler: BaseHTTPRequestHandler) -> None:
+        handler.send_response(200)
+        handler.send_header("Content-Length", "100000")
+        handler.end_headers()
+        handler.wfile.write(b"x")
+
+    site.answers["/picture.png"] = broken
+    assert civitai.embeddings.add("civitai:9208").vectors == 4
+
+
 # ---- addresses
 
 
@@ -411,6 +449,7 @@ def _connect_to_loopback(port: int, connected: list[str] | None = None) -> Calla
         ("8.8.8.8", True), ("2606:4700::1", True), ("127.0.0.1", False), ("::1", False), ("10.1.2.3", False),
         ("100.64.0.1", False), ("169.254.169.254", False), ("::ffff:10.0.0.1", False), ("fe80::1%eth0", False),
         ("fd00::1", False), ("0.0.0.1", False), ("224.0.0.1", False), ("2002:0a00:0001::1", False),
+        ("64:ff9b::a00:1", False), ("64:ff9b::808:808", True), ("::7f00:1", False), ("fec0::1", False),
     ],
 )  # fmt: skip
 def test_addresses_of_the_open_internet(address: str, public: bool) -> None:

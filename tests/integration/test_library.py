@@ -145,6 +145,109 @@ def test_alias_and_rename(farm: Farm, tmp_path: Path) -> None:
         farm.generate("a girl, long-name-15200")
 
 
+def test_aliases_and_versions_go_along_when_a_name_is_changed(farm: Farm, tmp_path: Path) -> None:
+    old = farm.embeddings.add(write(tmp_path / "first-name-1.safetensors", 0.1))
+    farm.embeddings.add(write(tmp_path / "first-name-1.safetensors", 0.2))
+    farm.embeddings.alias("first-name-1", "nick-1")
+
+    farm.embeddings.rename("first-name-1", "second-name-1")
+
+    assert farm.embeddings.show("nick-1").state == "active"
+    assert farm.embeddings.show(f"second-name-1@{old.version}").content_id == old.content_id
+    assert farm.embeddings.show(f"nick-1@{old.version}").content_id == old.content_id
+    newer = farm.embeddings.add(write(tmp_path / "x.safetensors", 0.3), "second-name-1")
+    assert farm.embeddings.show("nick-1").content_id == newer.content_id
+
+
+def test_renaming_a_name_in_use_changes_nothing_and_can_be_done_later(farm: Farm, tmp_path: Path) -> None:
+    farm.embeddings.add(write(tmp_path / "busy-1.safetensors", 0.1))
+    farm.embeddings.add(write(tmp_path / "other-1.safetensors", 0.2))
+    job = farm.generate("a girl, busy-1")
+
+    with pytest.raises(EmbeddingInUse):
+        farm.embeddings.rename("busy-1", "free-1")
+    assert {r.name for r in farm.embeddings.ls()} == {"busy-1", "other-1"}
+    job.cancel()
+    with pytest.raises(InvalidField, match="already"):
+        farm.embeddings.rename("busy-1", "other-1")
+    assert farm.embeddings.show("busy-1").state == "active"
+
+    farm.embeddings.rename("busy-1", "free-1")
+    assert {r.name for r in farm.embeddings.ls()} == {"free-1", "other-1"}
+
+
+@pytest.mark.parametrize("verb", ["rm", "disable", "enable", "alias", "rename"])
+def test_versions_cannot_be_changed(farm: Farm, tmp_path: Path, verb: str) -> None:
+    record = farm.embeddings.add(write(tmp_path / "fixed-1.safetensors", 0.1))
+    more = ("another-1",) if verb in ("alias", "rename") else ()
+
+    with pytest.raises(InvalidField, match="version"):
+        getattr(farm.embeddings, verb)(f"fixed-1@{record.version}", *more)
+
+    assert [r.name for r in farm.embeddings.ls()] == ["fixed-1"]
+
+
+def test_disabling_while_somebody_replaces_loses_neither(farm: Farm, tmp_path: Path) -> None:
+    farm.embeddings.add(write(tmp_path / "raced-1.safetensors", 0.1))
+    slow = Farm(farm.settings)
+    assert slow.library.names()
+    newer = farm.embeddings.add(write(tmp_path / "raced-1.safetensors", 0.2))
+    stale = dict(slow.library.names())
+    slow.library.names = lambda: stale | {"/raced-1": stale["/raced-1"].model_copy(update={"number": 1})}  # type: ignore[method-assign]
+
+    slow.embeddings.disable("raced-1")
+
+    disabled = farm.embeddings.show("raced-1")
+    assert (disabled.state, disabled.content_id) == ("disabled", newer.content_id)
+    assert farm.embeddings.enable("raced-1").content_id == newer.content_id
+
+
+def test_owner_cannot_change_the_farms_names(farm: Farm, tmp_path: Path) -> None:
+    ann = Farm(farm.settings, owner="ann")
+    farm.embeddings.add(write(tmp_path / "common-1.safetensors", 0.1))
+
+    for verb, more in (("rm", ()), ("disable", ()), ("rename", ("mine-1",))):
+        with pytest.raises(UnknownName):
+            getattr(ann.embeddings, verb)("common-1", *more)
+
+    assert farm.embeddings.show("common-1").state == "active"
+    with pytest.raises(InvalidField, match="owner"):
+        Farm(farm.settings, owner="a/b")
+
+
+def test_names_that_prompts_read_alike_are_one(farm: Farm, tmp_path: Path) -> None:
+    farm.embeddings.add(write(tmp_path / "bad-hand-9.safetensors", 0.1))
+    farm.embeddings.add(write(tmp_path / "x.safetensors", 0.2), "Bad - Hand-9")
+    farm.embeddings.add(write(tmp_path / "y.safetensors", 0.3), "cafe\u0301-1")
+
+    assert [r.name for r in farm.embeddings.ls()] == ["Bad - Hand-9", "caf\u00e9-1"]
+    assert farm.embeddings.show("caf\u00e9-1").name == "caf\u00e9-1"
+
+
+def test_broken_index_and_half_a_removal_are_mended(farm: Farm, tmp_path: Path) -> None:
+    farm.embeddings.add(write(tmp_path / "mended-1.safetensors", 0.1))
+    farm.ledger.take_name("/mended-1", force=False)  # and S3 never heard of it
+    assert farm.embeddings.show("mended-1").state == "removed"
+
+    farm.embeddings.reindex()
+    assert farm.embeddings.show("mended-1").state == "active"
+    farm.ledger.take_name("/mended-1", force=False)
+    farm.embeddings.rm("mended-1")
+    farm.embeddings.reindex()
+    assert farm.embeddings.show("mended-1").state == "removed"
+
+
+def test_adding_with_a_lost_index_goes_on_from_what_the_store_has(farm: Farm, tmp_path: Path) -> None:
+    farm.embeddings.add(write(tmp_path / "lost-1.safetensors", 0.1))
+    farm.embeddings.add(write(tmp_path / "lost-1.safetensors", 0.2))
+    farm.ledger.redis.delete("lf:names", "lf:names:number", "lf:names:changes")
+
+    again = farm.embeddings.add(write(tmp_path / "lost-1.safetensors", 0.1))
+
+    farm.embeddings.reindex()
+    assert farm.embeddings.show("lost-1").content_id == again.content_id
+
+
 def test_name_that_prompts_use_needs_to_be_allowed(farm: Farm, tmp_path: Path) -> None:
     path = write(tmp_path / "girl.safetensors", 0.1)
 

@@ -63,6 +63,23 @@ def test_original_layout_with_a_parameter_dict_is_read() -> None:
     assert parse_embedding(torch_bytes(content), "old.pt").vectors == 3
 
 
+def test_order_of_bytes_is_honoured_and_harmless_extras_are_passed_over() -> None:
+    little = torch_bytes({"emb_params": ROWS})
+    source, target = io.BytesIO(little), io.BytesIO()
+    with zipfile.ZipFile(source) as old, zipfile.ZipFile(target, "w") as new:
+        for member in old.infolist():
+            data = old.read(member)
+            if member.filename.endswith("byteorder"):
+                data = b"big"
+            elif "/data/" in member.filename:
+                data = np.frombuffer(data, "<f4").astype(">f4").tobytes()
+            new.writestr(member.filename, data)
+
+    assert np.array_equal(parse_embedding(target.getvalue(), "x.pt").tensors["clip_l"], ROWS.numpy())
+    extras = a1111(ROWS) | {"step": np.int64(7), "dtype": torch.float32}
+    assert parse_embedding(torch_bytes(extras), "x.pt").vectors == 3
+
+
 def test_sdxl_pair_has_both_encoders() -> None:
     pair = {"clip_l": np.ones((2, 768), np.float32), "clip_g": np.ones((2, 1280), np.float32)}
 

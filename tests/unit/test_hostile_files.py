@@ -194,6 +194,7 @@ def test_hostile_file_is_refused_in_time_and_nothing_is_left(
     assert time.monotonic() - began < LIMIT_S
     assert str(path) in str(refused.value)
     assert [p.name for p in tmp_path.iterdir()] == ["download.pt"]
+    assert not Path("/PWNED").exists()  # the child's own folder is /
     assert _peak_bytes(sandbox) < LIMIT_BYTES
 
 

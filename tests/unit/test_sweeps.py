@@ -10,7 +10,8 @@ from latentfarm_shared.prompts.contract import Contract, combination_misses, set
 from latentfarm_shared.prompts.mentions import applied_embeddings
 from latentfarm_shared.prompts.tokens import ClipTokenizer
 from latentfarm_shared.records import Lock
-from latentfarm_shared.specs import Axis, EmbeddingUse, JobSpec, expand
+from latentfarm_shared.specs import Axis, EmbeddingUse, JobSpec, drawn_seeds, expand
+from latentfarm_worker.prompts import PromptLayout
 
 from tests.conftest import checkpoint, embedding
 
@@ -147,6 +148,89 @@ def test_job_may_do_without_what_is_missing(
     assert settled.dropped[0].field == "prompt"
     with pytest.raises((UnknownName, EmbeddingRefused)):
         settle(spec.model_copy(update={"on_missing": "fail"}), checkpoint(), known, demo_tokenizer)
+
+
+def settled_prompt(tokenizer: ClipTokenizer, **values: object) -> JobSpec:
+    known = KNOWN | {"art": embedding("art"), "dva": embedding("dva"), "a(b)-1": embedding("a(b)-1")}
+    return settle(JobSpec.check(values), checkpoint(), known, tokenizer).spec
+
+
+def test_only_what_was_asked_for_is_dropped(demo_tokenizer: ClipTokenizer) -> None:
+    given = {"prompt": "a garden, <nothing>, smart party", "negative_prompt": "bad nothing", "on_missing": "drop"}
+
+    spec = settled_prompt(demo_tokenizer, **given)
+
+    assert (spec.prompt, spec.negative_prompt) == ("a garden, smart party", "bad nothing")
+    other = settled_prompt(demo_tokenizer, prompt="corneo_dva, <dv>", on_missing="drop")
+    assert other.prompt == "corneo_dva"
+
+
+def test_explicit_requests_of_a_sweep_are_resolved_point_by_point(demo_tokenizer: ClipTokenizer) -> None:
+    axes = [{"field": "replace:STYLE", "values": ["style-1", "style-2"]}]
+    swept = settle(JobSpec.check({"prompt": "portrait, <STYLE>", "axes": axes}), checkpoint(), KNOWN, demo_tokenizer)
+
+    assert {e.name for e in swept.embeddings} == {"style-1", "style-2"}
+    assert [expand(swept.spec, i).job.prompt for i in range(2)] == ["portrait, style-1", "portrait, style-2"]
+
+    axes = [{"field": "replace:<style-1>", "values": ["<style-1>", "", "(<style-2>:0.5)"]}]
+    swept = settle(JobSpec.check({"prompt": "a <style-1> b", "axes": axes}), checkpoint(), KNOWN, demo_tokenizer)
+    prompts = [expand(swept.spec, i).job.prompt for i in range(3)]
+    assert prompts == ["a style-1 b", "a  b", "a (style-2:0.5) b"]
+
+    with pytest.raises((EmbeddingRefused, UnknownName, InvalidField)):
+        settled_prompt(
+            demo_tokenizer, prompt="a girl", embeddings=[{"name": "corneo_dva"}],
+            axes=[{"field": "prompt", "values": ["a girl"]}, {"field": "replace:corneo", "values": ["fine"]}],
+        )  # fmt: skip
+
+
+def test_image_of_a_sweep_promises_what_its_own_prompt_means(demo_tokenizer: ClipTokenizer) -> None:
+    known = {"dva": embedding("dva")}
+    axes = [{"field": "prompt", "values": ["dva, a girl", "advance, a girl"]}]
+    settled = settle(JobSpec.check({"prompt": "", "axes": axes}), checkpoint(), known, demo_tokenizer)
+    lock = Lock(checkpoint=checkpoint(), embeddings=settled.embeddings)
+
+    found = [applied_embeddings(expand(settled.spec, i), lock, demo_tokenizer) for i in range(2)]
+    laid = [PromptLayout(expand(settled.spec, i).job, lock, demo_tokenizer).first_pass() for i in range(2)]
+
+    placed = [[p for part in x.positive for text in part.texts for c in text for p in c.placements] for x in laid]
+    assert [bool(some) for some in found] == [bool(some) for some in placed]
+
+
+def test_strength_finds_the_name_as_prompts_write_it(demo_tokenizer: ClipTokenizer) -> None:
+    axes = [{"field": "strength:a(b)-1", "values": [0.5, 0.00001]}]
+    spec = settled_prompt(demo_tokenizer, prompt="x", embeddings=[{"name": "a(b)-1"}], axes=axes)
+    assert [expand(spec, i).job.prompt for i in range(2)] == ["x, (a\\(b\\)-1:0.5)", "x, (a\\(b\\)-1:0)"]
+
+    axes = [{"field": "strength:bad-artist", "values": [0.5]}]
+    spec = settled_prompt(demo_tokenizer, prompt="bad-artist-anime, bad-artist", axes=axes)
+    assert expand(spec, 0).job.prompt == "bad-artist-anime, (bad-artist:0.5)"
+    with pytest.raises(InvalidField, match="none of the prompts"):
+        settled_prompt(demo_tokenizer, prompt="a girl", axes=axes)
+
+
+def test_axes_that_decide_what_is_reached_are_checked(demo_tokenizer: ClipTokenizer) -> None:
+    axes = [{"field": "steps", "values": [10, 20]}]
+    spec = JobSpec.check({"prompt": "[a cat:style-2:15]", "steps": 10, "axes": axes})
+    assert [e.name for e in settle(spec, checkpoint(), KNOWN, demo_tokenizer).embeddings] == ["style-2"]
+    few = checkpoint().model_copy(update={"layers": 2})
+    with pytest.raises(InvalidField, match="clip_skip"):
+        settle(swept(("clip_skip", (1, 5))), few, KNOWN, demo_tokenizer)
+
+
+def test_open_seeds_are_drawn_in_axes_too() -> None:
+    draws = iter(range(100, 200))
+    fields = drawn_seeds(swept(("seed", (-1, 2, -1)), ("variation_strength", (0, 0.3))), lambda _: next(draws))
+    spec = JobSpec.check({"prompt": "x"} | fields)
+
+    assert spec.axes[0].values == (101, 2, 102)
+    assert spec.variation_seed == 100
+
+
+def test_numbers_are_put_into_prompts_as_they_are_written() -> None:
+    spec = swept(("replace:N", (1, 2.5)), prompt="N cats")
+
+    assert [expand(spec, i).job.prompt for i in range(2)] == ["1 cats", "2.5 cats"]
 
 
 def test_wrong_family_says_where_it_fits_and_what_would(demo_tokenizer: ClipTokenizer) -> None:

@@ -158,7 +158,9 @@ class Checkpoint:
         answers = [encoder.encode(chunks, 1, bank) for encoder in self._precise_encoders()]
         tokens = torch.cat([answer.states.float().to(self.device) for answer in answers], dim=-1)
         pooled = answers[-1].pooled
-        return [Conditioning(t, None if pooled is None else pooled[i].float()) for i, t in enumerate(tokens)]
+        return [
+            Conditioning(t, None if pooled is None else pooled[i].float().to(self.device)) for i, t in enumerate(tokens)
+        ]
 
     # ---- UNet
 

@@ -8,8 +8,9 @@ answer under `…, WORD` is pulled to its answer under `…, long prompt`. Weigh
 from __future__ import annotations
 
 import math
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Generator, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -30,7 +31,7 @@ CONTEXTS = ("{}", "masterpiece, {}", "{}, high quality", "masterpiece, high qual
 GUIDANCE = 7.0
 LEVELS = 14  # noise levels of a trajectory
 TRAIN_SEEDS, HELD_OUT_SEEDS = 40, 8
-SEEDS_AT_ONCE = 8
+SEEDS_AT_ONCE = 4
 BATCH = 16
 RATE = 0.2  # of the vocabulary's spread, for each step
 NORM_WEIGHT = 0.02
@@ -95,31 +96,36 @@ class Tuner:
         spread = sum(float(table.std()) for table in _tables(model).values()) / len(leaves)
         self.rate = RATE * spread
         self.optimizer = torch.optim.Adam(leaves, lr=self.rate, betas=(0.9, 0.98))
-        self.done = 0
+        self.done, self.rows = 0, BATCH
 
     # ---- what the model should answer
 
     @torch.inference_mode()
-    def collect(self, seeds: Sequence[int], into: list[Moment]) -> None:
-        """Walk trajectories guided by the long prompt, and note what the model answers under it on the way."""
-        model = self.model
-        contexts = [seed % len(CONTEXTS) for seed in seeds]
+    def observe(self, walk: Walk, into: list[Moment]) -> None:
+        """Note what the model answers under the long prompt where a walk stands, and go one level on, guided by it."""
         every_long, every_bare = self.encoded(self.long), self.encoded(self.bare)
-        walk = _Walk(self, seeds)
-        for scaling in walk:
-            asks = [
-                Denoise(latent, scaling, (Side(side, 1.0),))
-                for latent, context in zip(walk.latents, contexts, strict=True)
-                for side in (every_long[context], every_bare[context], every_bare[0])
-            ]
-            clean = model.denoise(asks)
-            wanted, without, unguided = clean[::3], clean[1::3], clean[2::3]
-            apart = torch.stack([a - b for a, b in zip(wanted, without, strict=True)])
-            gap = float(apart.square().mean() / scaling.gain**2)
-            for latent, answer, context in zip(walk.latents, wanted, contexts, strict=True):
-                target = (answer - scaling.keep * latent) / scaling.gain
-                into.append(Moment((latent * scaling.shrink).clone(), scaling.step, context, target.clone(), gap))
-            walk.step([self._guided(a, b) for a, b in zip(wanted, unguided, strict=True)])
+        contexts, scaling = [seed % len(CONTEXTS) for seed in walk.seeds], walk.scaling
+        sides = [(every_long[c], every_bare[c], every_bare[0]) for c in contexts]
+        clean = self._clean(walk, sides)
+        wanted, without, unguided = clean[::3], clean[1::3], clean[2::3]
+        apart = torch.stack([a - b for a, b in zip(wanted, without, strict=True)])
+        gap = float(apart.square().mean() / scaling.gain**2)
+        for latent, answer, context in zip(walk.latents, wanted, contexts, strict=True):
+            target = (answer - scaling.keep * latent) / scaling.gain
+            into.append(Moment((latent * scaling.shrink).clone(), scaling.step, context, target.clone(), gap))
+        walk.step([self._guided(a, b) for a, b in zip(wanted, unguided, strict=True)])
+
+    @torch.inference_mode()
+    def draw(self, walk: Walk, conditioning: Conditioning) -> None:
+        """Take a walk one level on, guided by a text."""
+        (empty,) = self.encoded([self.bare[0]])
+        clean = self._clean(walk, [(conditioning, empty)] * len(walk.seeds))
+        walk.step([self._guided(a, b) for a, b in zip(clean[::2], clean[1::2], strict=True)])
+
+    def _clean(self, walk: Walk, sides: Sequence[tuple[Conditioning, ...]]) -> list[Tensor]:
+        """Return the clean latents the model sees under each side of each latent, in float32."""
+        pairs = [(latent, side) for latent, some in zip(walk.latents, sides, strict=True) for side in some]
+        return self.model.denoise([Denoise(x, walk.scaling, (Side(side, 1.0),), precise=True) for x, side in pairs])
 
     def _guided(self, under: Tensor, without: Tensor) -> Tensor:
         """Return where guidance leads: toward the prompt, or away from it if it is a negative one."""
@@ -130,17 +136,6 @@ class Tuner:
         """Encode texts as pictures do, cached."""
         return [answer[0] for answer in self.model.encode([Encode((text,), (1,)) for text in texts])]
 
-    @torch.inference_mode()
-    def picture(self, conditioning: Conditioning, seeds: Sequence[int]) -> list[Tensor]:
-        """Return latents drawn under a text, from the noise of held-out seeds."""
-        (empty,) = self.encoded([self.bare[0]])
-        walk = _Walk(self, seeds)
-        for scaling in walk:
-            asks = [Denoise(x, scaling, (Side(side, 1.0),)) for x in walk.latents for side in (conditioning, empty)]
-            clean = self.model.denoise(asks)
-            walk.step([self._guided(a, b) for a, b in zip(clean[::2], clean[1::2], strict=True)])
-        return walk.latents
-
     # ---- learning
 
     def learn(self) -> float:
@@ -150,13 +145,28 @@ class Tuner:
         for group in self.optimizer.param_groups:
             warm = min(1.0, (self.done + 1) / 20)
             group["lr"] = self.rate * warm * (0.51 + 0.49 * math.cos(math.pi * self.done / self.pack.steps))
+        while True:
+            try:
+                return self._descend(moments)
+            except torch.OutOfMemoryError:
+                if self.rows == 1:
+                    raise
+                self.rows //= 2
+
+    def _descend(self, moments: Sequence[Moment]) -> float:
+        """Take the step, its gradient summed over as many moments at once as fit into memory."""
+        self.optimizer.zero_grad()
+        total = 0.0
         with torch.enable_grad():
-            left = self._left_open(moments)
-            self.optimizer.zero_grad()
-            (left + NORM_WEIGHT * self._excess()).backward()
+            for start in range(0, len(moments), self.rows):
+                some = moments[start : start + self.rows]
+                left = self._left_open(some) * (len(some) / len(moments))
+                left.backward()
+                total += float(left.detach())
+            (NORM_WEIGHT * self._excess()).backward()
         self.optimizer.step()
         self.done += 1
-        return float(left.detach())
+        return total
 
     def _left_open(self, moments: Sequence[Moment]) -> Tensor:
         """Return the mean share of the gap between bare and long prompt that the vectors leave open."""
@@ -199,20 +209,26 @@ class Tuner:
         return 1 - sum(shares) / len(shares)
 
 
-class _Walk:
+class Walk:
     """Euler's method on several latents at once, from noise of their seeds to a clean end."""
 
     def __init__(self, tuner: Tuner, seeds: Sequence[int]) -> None:
-        noise = tuner.model.noise
-        self._noise, self._sigmas = noise, [*_levels(noise.sigma_max, noise.sigma_min), 0.0]
+        """Stand at the highest noise level."""
+        self._noise = tuner.model.noise
+        self._sigmas = [*_levels(self._noise.sigma_max, self._noise.sigma_min), 0.0]
         starts = [torch.randn((4, *tuner.edge), generator=torch.Generator().manual_seed(seed)) for seed in seeds]
-        self.latents = [start.to(tuner.model.device) * self._sigmas[0] for start in starts]
+        self.seeds, self.latents = seeds, [start.to(tuner.model.device) * self._sigmas[0] for start in starts]
         self._at = 0
 
-    def __iter__(self) -> Iterator[Scaling]:
-        """Yield how to ask the model at each level; `step` comes before the next."""
-        for sigma in self._sigmas[:-1]:
-            yield self._noise.at_sigma(sigma)
+    @property
+    def is_done(self) -> bool:
+        """Whether the latents are clean."""
+        return self._at == len(self._sigmas) - 1
+
+    @property
+    def scaling(self) -> Scaling:
+        """How to ask the model where the walk stands."""
+        return self._noise.at_sigma(self._sigmas[self._at])
 
     def step(self, guided: Sequence[Tensor]) -> None:
         """Go one level down, toward `guided`."""
@@ -280,9 +296,10 @@ def pack_prompt(
     first = spec.seed * 1000
     for moments, seeds in ((tuner.train, range(TRAIN_SEEDS)), (tuner.held_out, range(TRAIN_SEEDS, _ALL_SEEDS))):
         for start in range(seeds.start, seeds.stop, SEEDS_AT_ONCE):
-            some = [first + seed for seed in range(start, start + SEEDS_AT_ONCE)]
-            yield Tune(lambda some=some, moments=moments: tuner.collect(some, moments))  # type: ignore[misc]
-            progress.step += len(some)
+            walk = Walk(tuner, [first + seed for seed in range(start, start + SEEDS_AT_ONCE)])
+            while not walk.is_done:
+                yield Tune(partial(tuner.observe, walk, moments))
+            progress.step += len(walk.seeds)
     if max(moment.gap for moment in tuner.train) < LEAST_GAP:
         raise RenderError("the prompt changes nothing about the model's answers, so there is nothing to pack")
     progress.begin("learning", pack.steps)
@@ -302,9 +319,12 @@ def _sheet(tuner: Tuner) -> Generator[Operation, Any, Tensor]:
     seeds = [tuner.spec.seed * 1000 + _ALL_SEEDS + number for number in range(SHEET_COLUMNS)]
     rows = []
     for text in (tuner.bare[SHEET_CONTEXT], None, tuner.long[SHEET_CONTEXT]):
-        latents = yield Tune(lambda text=text: tuner.picture(tuner.text(text), seeds))  # type: ignore[misc]
+        conditioning = yield Tune(partial(tuner.text, text))
+        walk = Walk(tuner, seeds)
+        while not walk.is_done:
+            yield Tune(partial(tuner.draw, walk, conditioning))
         pictures = []
-        for latent in latents:
+        for latent in walk.latents:
             picture: Picture = yield Decode(latent)
             pictures.append(picture.pixels)
         rows.append(torch.cat(pictures, 1))

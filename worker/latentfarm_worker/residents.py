@@ -36,7 +36,8 @@ class Residents:
             self._widths = list(widths)
             self._after = self._library.last_change()
             rank = {content_id: place for place, content_id in enumerate(self._library.uses())}
-            records = [entry.record for entry in self._library.names().values() if entry.state == "active"]
+            names = self._library.names().values()
+            records = [entry.record for entry in names if entry.state == "active" and not entry.alias_of]
             for record in sorted(records, key=lambda r: rank.get(r.content_id, len(rank))):
                 if self._is_wanted(record) and self._bank.has_room(record):
                     self._hold(record)
@@ -48,7 +49,7 @@ class Residents:
         names = self._library.names() if keys else {}
         for key in keys:
             entry = names.get(key)
-            if entry is not None and entry.state == "active" and self._is_wanted(entry.record):
+            if entry and entry.state == "active" and not entry.alias_of and self._is_wanted(entry.record):
                 self._hold(entry.record)
         self.report()
 

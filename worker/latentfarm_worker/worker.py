@@ -121,7 +121,10 @@ class Worker:
         """Load a checkpoint and every embedding that fits it; return the names of its queues, by urgency."""
         with self._checkpoint(record):
             self._served[record.hash] = record
-        self.residents.preload(served.widths for served in self._served.values())
+        try:
+            self.residents.preload(served.widths for served in self._served.values())
+        except FarmError as error:
+            log.warning("embeddings come with the jobs that need them", error=str(error), worker=self.name)
         self._vitals.note(self._settings.slots, self._shelf.loads, len(self.bank))
         log.info("checkpoint ready", checkpoint=record.name, embeddings=len(self.bank), worker=self.name)
         return [queue_name(lane, record.hash) for lane in LANES]

@@ -36,6 +36,7 @@ class Storage:
     dtype: str
     count: int
     data: bytes | None = None
+    order: str = "<"
 
 
 @dataclass(frozen=True, eq=False)
@@ -76,6 +77,16 @@ def widen_bfloat16(data: bytes) -> Array:
     return (np.frombuffer(data, "<u2").astype(np.uint32) << 16).view(np.float32)
 
 
+class Inert:
+    """Stands for what embeddings carry beside tensors and nobody needs, such as numpy's number formats."""
+
+    def __init__(self, *_ignored: Any) -> None:
+        """Take anything and keep nothing."""
+
+    def __setstate__(self, _state: Any) -> None:
+        """Keep nothing."""
+
+
 def _first(value: Any, *_ignored: Any) -> Any:
     return value
 
@@ -92,7 +103,13 @@ _GLOBALS: dict[tuple[str, str], Any] = {
     ("torch", "device"): _first,
     ("__builtin__", "set"): set,
     ("builtins", "set"): set,
-} | {("torch", name): dtype for name, dtype in _DTYPES.items()}
+    ("_codecs", "encode"): Inert,
+    ("numpy", "dtype"): Inert,
+    ("numpy.core.multiarray", "scalar"): Inert,
+    ("numpy._core.multiarray", "scalar"): Inert,
+}
+_GLOBALS |= {("torch", name): dtype for name, dtype in _DTYPES.items()}
+_GLOBALS |= {("torch", name): name for name in ("float32", "float16", "bfloat16", "float64", "int64")}
 
 
 class _InertUnpickler(pickle.Unpickler):
@@ -120,8 +137,8 @@ class _InertUnpickler(pickle.Unpickler):
 class _Storages:
     """The storages of one file by key, each described once."""
 
-    def __init__(self, archive: zipfile.ZipFile | None = None, prefix: str = "") -> None:
-        self._archive, self._prefix = archive, prefix
+    def __init__(self, archive: zipfile.ZipFile | None = None, prefix: str = "", order: str = "<") -> None:
+        self._archive, self._prefix, self._order = archive, prefix, order
         self.by_key: dict[str, Storage] = {}
 
     def get(self, key: str, dtype: str, count: int) -> Storage:
@@ -131,7 +148,7 @@ class _Storages:
                 if not key.isdigit():
                     raise Refusal("CORRUPT", "an unknown kind of storage")
                 data = self._archive.read(f"{self._prefix}data/{key}")
-            self.by_key[key] = Storage(dtype, count, data)
+            self.by_key[key] = Storage(dtype, count, data, self._order)
         return self.by_key[key]
 
 
@@ -169,7 +186,9 @@ def _read_zip(data: bytes, caps: Caps) -> Any:
         if len(pickles) != 1:
             raise Refusal("NOT_AN_EMBEDDING", "a zip file that PyTorch did not write")
         prefix = pickles[0].removesuffix("data.pkl")
-        return _InertUnpickler(io.BytesIO(archive.read(pickles[0])), _Storages(archive, prefix)).load()
+        big = prefix + "byteorder" in names and archive.read(prefix + "byteorder") == b"big"
+        storages = _Storages(archive, prefix, ">" if big else "<")
+        return _InertUnpickler(io.BytesIO(archive.read(pickles[0])), storages).load()
 
 
 def _read_legacy(data: bytes) -> Any:
@@ -193,6 +212,14 @@ def _read_legacy(data: bytes) -> Any:
         )
         storage.data = stream.read(size)
     return content
+
+
+def _values(storage: Storage) -> NDArray[Any]:
+    """Return a storage's values, flat, in this machine's order of bytes."""
+    data = storage.data or b""
+    if storage.dtype == "bf16":
+        return widen_bfloat16(data if storage.order == "<" else np.frombuffer(data, ">u2").astype("<u2").tobytes())
+    return np.frombuffer(data, storage.dtype.replace("<", storage.order))
 
 
 class _Materialiser:
@@ -226,7 +253,7 @@ class _Materialiser:
         self._values += count
         if self._values * 4 > 4 * self._caps.file_bytes:
             raise Refusal("TOO_LARGE", f"a tensor of shape {list(shape)} is no embedding")
-        flat = widen_bfloat16(storage.data) if storage.dtype == "bf16" else np.frombuffer(storage.data, storage.dtype)
+        flat = _values(storage)
         last = offset + sum((n - 1) * s for n, s in zip(shape, strides, strict=True))
         if count and last >= len(flat):
             raise Refusal("BAD_SHAPE", "a tensor that claims more values than the file holds")

@@ -9,7 +9,9 @@ from __future__ import annotations
 
 import array
 import hashlib
+import io
 import json
+import math
 import os
 import socket
 import struct
@@ -18,20 +20,24 @@ import sys
 import threading
 import time
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
-from typing import BinaryIO, Self
+from typing import Any, BinaryIO, Self
 
 import numpy as np
 
 from latentfarm_shared.embeddings.files import EmbeddingFile
 from latentfarm_shared.embeddings.layouts import Found, read_layout
 from latentfarm_shared.embeddings.refusals import DEFAULT_CAPS, Caps, Code, Refusal
-from latentfarm_shared.errors import UnreadableFile
+from latentfarm_shared.errors import Unavailable, UnreadableFile
 
 _LENGTH = struct.Struct("<I")
 START_S = 30.0  # importing numpy on a busy machine
+_EMBEDDING, _PICTURE = b"f", b"p"
+PREVIEW_EDGE, PREVIEW_PIXELS = 768, 2**25
+PR_SET_PDEATHSIG = 1
 
 
 # ---- parent
@@ -75,16 +81,10 @@ class Sandbox:
         Raises:
             NotAnEmbedding: it cannot be opened or is no embedding; says what it is.
         """
-        try:
-            with path.open("rb") as file:
-                digest = hashlib.file_digest(file, "sha256").hexdigest()
-                file.seek(0)
-                return self.read_open(file, path.name, digest)
-        except OSError as error:
-            reason = f"cannot be opened ({error.strerror or error})"
-            raise NotAnEmbedding(str(path), reason, "UNREADABLE") from error
-        except NotAnEmbedding as error:
-            raise NotAnEmbedding(str(path), error.reason, error.refusal) from error.__cause__
+        with opened(path) as file:
+            digest = hashlib.file_digest(file, "sha256").hexdigest()
+            file.seek(0)
+            return self.read_open(file, path.name, digest)
 
     def read_one(self, path: Path) -> EmbeddingFile:
         """Return the one embedding in a file.
@@ -109,6 +109,18 @@ class Sandbox:
             raise NotAnEmbedding(name, str(refusal), refusal.code) from refusal
         return [EmbeddingFile.of(item, name, digest) for item in found]
 
+    def picture(self, path: Path) -> bytes:
+        """Return a stranger's picture of any kind as a PNG of moderate size, without what else was in it; nothing if it is none."""
+        try:
+            with opened(path) as file, self._guard:
+                connection = self._ready()
+                header, deadline = self._request(connection, _PICTURE, file)
+                return _receive(connection, deadline) if "png" in header else b""
+        except (NotAnEmbedding, TimeoutError, EOFError, OSError, ValueError):
+            with self._guard:
+                self._end()
+            return b""
+
     def close(self) -> None:
         """End the child."""
         with self._guard:
@@ -116,12 +128,9 @@ class Sandbox:
 
     def _ask(self, file: BinaryIO) -> list[Found]:
         """Have one file read; a child that failed at it is ended."""
+        connection = self._ready()
         try:
-            connection = self._ready()
-            connection.settimeout(self.caps.seconds)
-            connection.sendmsg([b"f"], [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", [file.fileno()]))])
-            deadline = time.monotonic() + self.caps.seconds
-            header = json.loads(_receive(connection, deadline))
+            header, deadline = self._request(connection, _EMBEDDING, file)
             if "code" in header:
                 raise Refusal(header["code"], header["reason"])
             return [_found(item, connection, deadline) for item in header["found"]]
@@ -131,6 +140,13 @@ class Sandbox:
         except (EOFError, OSError, ValueError):
             self._end()
             raise Refusal("CORRUPT", f"reading it needed more than {self.caps.memory_mb} MB, or failed") from None
+
+    def _request(self, connection: socket.socket, what: bytes, file: BinaryIO) -> tuple[dict[str, Any], float]:
+        """Hand a file over; return the answer's header and until when the rest must come."""
+        deadline = time.monotonic() + self.caps.seconds
+        connection.settimeout(self.caps.seconds)
+        connection.sendmsg([what], [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", [file.fileno()]))])
+        return json.loads(_receive(connection, deadline)), deadline
 
     def _ready(self) -> socket.socket:
         if self._socket is not None and self._child is not None and self._child.poll() is None:
@@ -152,13 +168,35 @@ class Sandbox:
             )
         self._socket = ours
         self._farewell = weakref.finalize(self, _end_child, self._child, ours)
-        if _receive(ours, time.monotonic() + START_S) != b"ready":
-            raise EOFError
+        try:
+            _receive(ours, time.monotonic() + START_S)  # "ready"
+        except (EOFError, OSError) as error:
+            self._end()
+            raise Unavailable("the reader of embedding files", "it does not start", "is latentfarm whole?") from error
         return ours
 
     def _end(self) -> None:
         self._farewell()
         self._socket = self._child = None
+
+
+@contextmanager
+def opened(path: Path) -> Iterator[io.BufferedReader]:
+    """Open a file of somebody's; errors name its path.
+
+    Raises:
+        NotAnEmbedding: it cannot be opened, is no file, or what is done with it inside refuses it.
+    """
+    try:
+        if path.exists() and not path.is_file():
+            raise NotAnEmbedding(str(path), "UNREADABLE: is no file", "UNREADABLE")
+        with path.open("rb") as file:
+            yield file
+    except OSError as error:
+        reason = f"UNREADABLE: cannot be opened ({error.strerror or error})"
+        raise NotAnEmbedding(str(path), reason, "UNREADABLE") from error
+    except NotAnEmbedding as error:
+        raise NotAnEmbedding(str(path), error.reason, error.refusal) from error.__cause__
 
 
 def _end_child(child: subprocess.Popen[bytes], connection: socket.socket) -> None:
@@ -196,15 +234,26 @@ def _found(item: dict[str, object], connection: socket.socket, deadline: float) 
 
 
 def _limit(caps: Caps) -> None:
-    """Give up the right to memory, processor time, files and core dumps beyond what one embedding needs."""
-    import resource  # noqa: PLC0415 - only where processes can be limited
+    """Give up memory, files, processes and core dumps beyond what one embedding needs, and end with the parent."""
+    import ctypes  # noqa: PLC0415 - only in the child
+    import resource  # noqa: PLC0415
+    import signal  # noqa: PLC0415
 
-    memory = caps.memory_mb * 2**20
     limits = [(resource.RLIMIT_FSIZE, 0), (resource.RLIMIT_CORE, 0), (resource.RLIMIT_NOFILE, 32)]
     if sys.platform == "linux":
-        limits.append((resource.RLIMIT_AS, memory))
+        limits += [(resource.RLIMIT_AS, caps.memory_mb * 2**20), (resource.RLIMIT_NPROC, 0)]
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
     for kind, value in limits:
         resource.setrlimit(kind, (value, value))
+
+
+def _limit_time(caps: Caps) -> None:
+    """Let the kernel end this process when one file takes more processor time than it may."""
+    import resource  # noqa: PLC0415
+
+    usage = resource.getrusage(resource.RUSAGE_SELF)
+    allowed = math.ceil(usage.ru_utime + usage.ru_stime + caps.seconds) + 1
+    resource.setrlimit(resource.RLIMIT_CPU, (allowed, resource.RLIM_INFINITY))
 
 
 def _serve(connection: socket.socket, caps: Caps) -> None:
@@ -214,25 +263,28 @@ def _serve(connection: socket.socket, caps: Caps) -> None:
         if not message:
             return
         (_, _, descriptor), *_ = ancillary
+        _limit_time(caps)
         with os.fdopen(array.array("i", descriptor)[0], "rb") as file:
-            _answer(connection, file, caps)
+            for part in (_picture if message == _PICTURE else _embedding)(file, caps):
+                _send(connection, part)
 
 
-def _answer(connection: socket.socket, file: BinaryIO, caps: Caps) -> None:
+def _embedding(file: BinaryIO, caps: Caps) -> Iterator[bytes]:
+    """Yield the answer to a file: a header, and the tensors it describes."""
     from latentfarm_shared.embeddings.containers import read_container  # noqa: PLC0415 - the parent needs none of it
 
     try:
         found = read_layout(read_container(file, caps), caps)
     except Refusal as refusal:
-        _send(connection, json.dumps({"code": refusal.code, "reason": refusal.reason}).encode())
+        yield json.dumps({"code": refusal.code, "reason": refusal.reason}).encode()
         return
     except MemoryError:
         reason = f"reading it needs more than {caps.memory_mb} MB"
-        _send(connection, json.dumps({"code": "TOO_LARGE", "reason": reason}).encode())
+        yield json.dumps({"code": "TOO_LARGE", "reason": reason}).encode()
         return
     except Exception as error:  # noqa: BLE001 - whatever a strange file provokes is that file's refusal
         reason = f"it makes no sense ({type(error).__name__})"
-        _send(connection, json.dumps({"code": "CORRUPT", "reason": reason}).encode())
+        yield json.dumps({"code": "CORRUPT", "reason": reason}).encode()
         return
     described = [
         {
@@ -244,10 +296,29 @@ def _answer(connection: socket.socket, file: BinaryIO, caps: Caps) -> None:
         }
         for item in found
     ]
-    _send(connection, json.dumps({"found": described}).encode())
+    yield json.dumps({"found": described}).encode()
     for item in found:
         for tensor in item.tensors.values():
-            _send(connection, np.ascontiguousarray(tensor, "<f4").tobytes())
+            yield np.ascontiguousarray(tensor, "<f4").tobytes()
+
+
+def _picture(file: BinaryIO, _caps: Caps) -> Iterator[bytes]:
+    """Yield the answer to a picture: a header, and a small PNG of it."""
+    from PIL import Image  # noqa: PLC0415 - the parent needs none of it
+
+    try:
+        with Image.open(file, formats=("PNG", "JPEG", "WEBP", "GIF", "AVIF")) as picture:
+            if picture.width * picture.height > PREVIEW_PIXELS:
+                raise ValueError("too large")
+            small = picture.convert("RGB")
+            small.thumbnail((PREVIEW_EDGE, PREVIEW_EDGE))
+            target = io.BytesIO()
+            small.save(target, "PNG")
+    except Exception:  # noqa: BLE001 - whatever is wrong with it, it is no preview
+        yield b"{}"
+        return
+    yield b'{"png": true}'
+    yield target.getvalue()
 
 
 def _send(connection: socket.socket, data: bytes) -> None:

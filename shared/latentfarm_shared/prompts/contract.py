@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from itertools import product
 
 from latentfarm_shared.errors import EmbeddingRefused, InvalidField, UnknownName, UsageError, nearest
-from latentfarm_shared.explicit import bare, plain_name, requested, standing
+from latentfarm_shared.explicit import bare, folded, plain_name, requested, standing
 from latentfarm_shared.prompts.attention import parse_attention
 from latentfarm_shared.prompts.chunks import Reading, chunk_prompt
 from latentfarm_shared.prompts.language import parse_negative, parse_positive, split_and, strip_comments
@@ -69,7 +69,8 @@ class Contract:
         others: Sequence[CheckpointRecord] = (),
         lookup: Callable[[str], EmbeddingRecord] | None = None,
     ) -> None:
-        self.checkpoint, self.known, self.tokenizer = checkpoint, known, tokenizer
+        self.checkpoint, self.tokenizer = checkpoint, tokenizer
+        self.known = {folded(record.name): record for record in known.values()}
         self._others, self._lookup = others, lookup
         self.matcher = NameMatcher(tokenizer, [r for r in known.values() if self._is_name(r)])
 
@@ -91,7 +92,7 @@ class Contract:
             UnknownName: with the nearest names.
         """
         plain = name.strip()
-        record = self.known.get(plain.lower())
+        record = self.known.get(folded(plain))
         if record is None and "@" in plain and self._lookup is not None:
             return self._lookup(plain)
         if record is None:
