@@ -184,7 +184,7 @@ class Farm:
         return Job(self.ledger, self.store, self._vocabularies, job_id)
 
     def pack(
-        self, prompt: str, name: str, *, vectors: int = 8, negative: bool = False, steps: int = 500, model: str = "demo",
+        self, prompt: str, name: str, *, vectors: int = 8, negative: bool = False, steps: int = 600, model: str = "demo",
         size: tuple[int, int] = (128, 128), seed: int = 0, allow_word: bool = False,
     ) -> Job:  # fmt: skip
         """Have a worker pack a prompt into an embedding called `name`, which exists when the job has succeeded.

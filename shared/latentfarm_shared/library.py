@@ -18,6 +18,7 @@ import time
 import unicodedata
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from typing import Any, Literal
 from urllib.parse import quote
 
@@ -34,6 +35,7 @@ from latentfarm_shared.storage import MissingObject, ObjectStore
 NAMES, CHANGES = "lf:names", "lf:names:changes"
 MAX_STORED_BYTES = 64 * 2**20
 _VERSION = re.compile(r"(?P<name>.+)@(?P<version>[0-9a-fA-F]{8,64})")
+_SOUNDS_NEGATIVE = re.compile(r"(^|[-_ .])neg([-_ .\d]|$)|negative", re.IGNORECASE)
 _READERS = 16
 
 
@@ -134,7 +136,7 @@ class EmbeddingLibrary:
         return (entries[-1][0] if entries else after), {fields[b"name"].decode() for _, fields in entries}
 
     def visible(self, owner: str = "", at: float | None = None) -> dict[str, EmbeddingRecord]:
-        """Return every embedding `owner` can name, by name in lower case: their own, else, or once removed, the farm's.
+        """Return every embedding `owner` can name, by folded name: their own, else, or once removed, the farm's.
 
         Those disabled or removed are among them, marked so. Names given after `at` (seconds since 1970) are left out.
         """
@@ -274,12 +276,17 @@ class EmbeddingLibrary:
         if details.data and len(details.data) <= MAX_STORED_BYTES:
             sha256 = file.file_sha256
             self._store.put_once(f"embeddings/files/{sha256}", details.data, "application/octet-stream", sha256)
-        source = Source.of(file, details)
-        key = f"embeddings/sources/{content_id}/{file.file_sha256}.json"
-        if details.about.says_anything or not self._store.exists(key):
-            self._store.put(key, source.model_dump_json().encode(), "application/json")
+        self._put_source(f"embeddings/sources/{content_id}/{file.file_sha256}.json", Source.of(file, details))
         if details.preview:
             self.put_preview(content_id, details.preview)
+
+    def _put_source(self, key: str, source: Source) -> None:
+        """Write down what is known of a file; what was known before stays where this says nothing."""
+        known = source
+        with suppress(MissingObject):
+            before = Source.model_validate_json(self._store.get(key))
+            known = before.model_copy(update=source.about.over(before.about).model_dump())
+        self._store.put(key, known.model_dump_json().encode(), "application/json")
 
     def keep(self, file: EmbeddingFile) -> str:
         """Store an embedding's tensors without a name; return their content id."""
@@ -294,11 +301,7 @@ class EmbeddingLibrary:
     @staticmethod
     def _told_kind(file: EmbeddingFile) -> Literal["Model", "Negative"]:
         """Guess what a file is for from its name, as people name them."""
-        return (
-            "Negative"
-            if re.search(r"(^|[-_ .])neg(ative)?([-_ .\d]|$)|negative", file.stem, re.IGNORECASE)
-            else "Model"
-        )
+        return "Negative" if _SOUNDS_NEGATIVE.search(file.stem) else "Model"
 
     def alias(self, name: str, alias: str, *, owner: str = "", allow_word: bool = False) -> EmbeddingRecord:
         """Give an embedding a second name, which stands for whatever the first does.

@@ -27,11 +27,6 @@ class About(BaseModel):
     description: str = ""
     air: str = ""
 
-    @property
-    def says_anything(self) -> bool:
-        """Whether there is anything in it."""
-        return self != type(self)()
-
     def over(self, other: About) -> About:
         """Return what this says, and the other where this is silent."""
         said = {name: value for name, value in self.model_dump().items() if value}
@@ -69,6 +64,11 @@ class Source(About):
             origin=details.origin,
             added=datetime.now(UTC).isoformat(timespec="seconds"),
         )
+
+    @property
+    def about(self) -> About:
+        """What others say of it, without the file."""
+        return About.model_validate(self.model_dump())
 
     @property
     def autov2(self) -> str:

@@ -246,7 +246,7 @@ class Pack(BaseModel):
     name: str = Field(min_length=1, max_length=120)
     vectors: int = Field(8, ge=1, le=64)
     negative: bool = False
-    steps: int = Field(500, ge=1, le=20_000)
+    steps: int = Field(600, ge=1, le=20_000)
     allow_word: bool = False
 
 

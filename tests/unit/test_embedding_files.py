@@ -4,15 +4,17 @@ import pickle
 import struct
 import zipfile
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from latentfarm_shared.embeddings.sandbox import read_embedding
+from latentfarm_shared.embeddings.refusals import Caps
+from latentfarm_shared.embeddings.sandbox import Sandbox, read_embedding
 from latentfarm_shared.errors import UnreadableFile
 from safetensors.numpy import save as save_safetensors
 
-from tests.conftest import parse_embedding, reference
+from tests.conftest import SANDBOX, parse_embedding, reference
 
 ROWS = torch.arange(3 * 8, dtype=torch.float32).reshape(3, 8) / 7
 
@@ -78,6 +80,84 @@ def test_order_of_bytes_is_honoured_and_harmless_extras_are_passed_over() -> Non
     assert np.array_equal(parse_embedding(target.getvalue(), "x.pt").tensors["clip_l"], ROWS.numpy())
     extras = a1111(ROWS) | {"step": np.int64(7), "dtype": torch.float32}
     assert parse_embedding(torch_bytes(extras), "x.pt").vectors == 3
+
+
+class _SavedOnMps:
+    """Pickles as PyTorch pickles tensors of devices whose storages it cannot write."""
+
+    def __reduce__(self) -> tuple[object, tuple[object, ...]]:
+        rebuild = torch._utils._rebuild_device_tensor_from_numpy
+        return rebuild, (ROWS.numpy(), torch.float32, "cpu", False)
+
+
+@pytest.mark.parametrize("protocol", [2, 4])
+def test_tensor_saved_through_numpy_is_read(protocol: int) -> None:
+    target = io.BytesIO()
+    with zipfile.ZipFile(target, "w") as archive:
+        archive.writestr("archive/data.pkl", pickle.dumps({"emb_params": _SavedOnMps()}, protocol))
+
+    assert np.array_equal(parse_embedding(target.getvalue(), "mps.pt").tensors["clip_l"], ROWS.numpy())
+
+
+def test_format_of_pytorch_before_zip_is_read() -> None:
+    buffer = io.BytesIO()
+    torch.save(a1111(ROWS), buffer, _use_new_zipfile_serialization=False)
+
+    found = parse_embedding(buffer.getvalue(), "old.pt")
+
+    assert (found.layout, found.internal_name) == ("a1111", "inner")
+    assert np.array_equal(found.tensors["clip_l"], ROWS.numpy())
+    with pytest.raises(UnreadableFile, match=r"damaged|more values|claims"):
+        parse_embedding(buffer.getvalue()[:-20], "cut.pt")
+
+
+@pytest.mark.parametrize(
+    ("content", "layout", "names"),
+    [
+        ({"bundle_emb.cat.string_to_param.*": np.ones((2, 768), np.float32), "lora_a": np.ones(4, np.float32)}, "bundled", ["cat"]),
+        (
+            {
+                "bundle_emb.a.b.clip_l": np.ones((2, 768), np.float32), "bundle_emb.a.b.clip_g": np.ones((2, 1280), np.float32),
+                "bundle_emb.猫.clip_l": np.ones((1, 768), np.float32), "bundle_emb.猫.clip_g": np.ones((1, 1280), np.float32),
+            },
+            "bundled", ["a.b", "猫"],
+        ),
+        ({"emb_params": np.ones((2, 768), np.float32), "emp_params_out": np.ones((2, 768), np.float32)}, "onetrainer", ["x"]),
+        ({"clip_l": np.ones((2, 768), np.float32), "t5": np.ones((2, 4096), np.float32)}, "by encoder", ["x"]),
+        ({"text_encoders_0": np.ones((2, 768), np.float32)}, "pivotal", ["x"]),
+    ],
+)  # fmt: skip
+def test_layouts_of_trainers(
+    content: dict[str, np.ndarray[Any, Any]], layout: str, names: list[str], tmp_path: Path
+) -> None:
+    path = tmp_path / "x.safetensors"
+    path.write_bytes(save_safetensors(content))
+
+    found = SANDBOX.read(path)
+
+    assert sorted(f.stem for f in found) == sorted(names)
+    assert {f.layout for f in found} == {layout}
+
+
+def test_size_of_the_lora_around_a_bundle_does_not_matter(tmp_path: Path) -> None:
+    path = tmp_path / "lora.safetensors"
+    path.write_bytes(save_safetensors({
+        "bundle_emb.cat.string_to_param.*": np.ones((2, 768), np.float32), "lora_up": np.ones((1024, 1024), np.float32),
+    }))  # fmt: skip
+
+    with Sandbox(Caps(file_mb=1)) as small:
+        assert [f.stem for f in small.read(path)] == ["cat"]
+
+
+def test_lists_of_vectors_and_bare_tensors() -> None:
+    rows = [{"emb": torch.ones(768) * n, "emb2": torch.ones(1280) * n} for n in range(3)]
+
+    found = parse_embedding(torch_bytes(rows), "xl.pt")
+
+    assert (found.vectors, found.widths) == (3, {"clip_g": 1280, "clip_l": 768})
+    assert found.tensors["clip_g"][2, 0] == 2
+    assert parse_embedding(torch_bytes(rows[0]), "one.pt").vectors == 1
+    assert parse_embedding(torch_bytes(torch.ones(4096)), "t5.pt").needs_name
 
 
 def test_sdxl_pair_has_both_encoders() -> None:

@@ -32,8 +32,8 @@ GUIDANCE = 7.0
 LEVELS = 14  # noise levels of a trajectory
 TRAIN_SEEDS, HELD_OUT_SEEDS = 40, 8
 SEEDS_AT_ONCE = 4
-BATCH = 16
-RATE = 0.2  # of the vocabulary's spread, for each step
+BATCH = 8  # small and many steps: better than large ones in the same time
+RATE = 0.35  # of the vocabulary's spread, for each step
 NORM_WEIGHT = 0.02
 LEAST_GAP = 1e-7
 SHEET_COLUMNS, SHEET_CONTEXT = 4, 3
@@ -95,7 +95,7 @@ class Tuner:
         self.norms = {name: float(table.norm(dim=1).mean()) for name, table in _tables(model).items()}
         spread = sum(float(table.std()) for table in _tables(model).values()) / len(leaves)
         self.rate = RATE * spread
-        self.optimizer = torch.optim.Adam(leaves, lr=self.rate, betas=(0.9, 0.98))
+        self.optimizer = torch.optim.Adam(leaves, lr=self.rate, betas=(0.9, 0.95))
         self.done, self.rows = 0, BATCH
 
     # ---- what the model should answer

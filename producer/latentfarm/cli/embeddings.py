@@ -436,7 +436,7 @@ def pack(  # noqa: PLR0917 - typer turns each into an option
     name: Annotated[str, typer.Option("--name", help="What to call the embedding.", show_default=False)],
     vectors: Annotated[int, typer.Option(min=1, max=64, help="How many tokens it takes.")] = 8,
     negative: Annotated[bool, typer.Option("--negative", help="The prompt says what not to draw.")] = False,
-    steps: Annotated[int, typer.Option(min=1, help="Steps of gradient descent.")] = 500,
+    steps: Annotated[int, typer.Option(min=1, help="Steps of gradient descent.")] = 600,
     size: Annotated[str, typer.Option(help="Size of the pictures it learns from.")] = "128x128",
     seed: Annotated[int, typer.Option(min=0, help="Seed of its noise.")] = 0,
     model: Model = "demo",

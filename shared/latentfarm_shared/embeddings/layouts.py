@@ -116,6 +116,8 @@ def _dictionary(tensors: dict[str, Array]) -> Found:
     if inputs.keys() >= {"text_encoders_0", "text_encoders_1"}:
         pair = {"clip_l": _rows(inputs["text_encoders_0"]), "clip_g": _rows(inputs["text_encoders_1"])}
         return Found("pivotal", pair)
+    if inputs.keys() == {"text_encoders_0"}:
+        return Found("pivotal", _by_width(inputs["text_encoders_0"]))
     if inputs.keys() == {"emb", "emb2"}:
         return _rows_of_dicts([inputs])
     if len(inputs) != 1:

@@ -77,14 +77,43 @@ def widen_bfloat16(data: bytes) -> Array:
     return (np.frombuffer(data, "<u2").astype(np.uint32) << 16).view(np.float32)
 
 
-class Inert:
-    """Stands for what embeddings carry beside tensors and nobody needs, such as numpy's number formats."""
+class NumberFormat:
+    """Stands for numpy's dtype: keeps its code."""
 
-    def __init__(self, *_ignored: Any) -> None:
-        """Take anything and keep nothing."""
+    def __init__(self, code: Any = "", *_ignored: Any) -> None:
+        self.code = code
 
     def __setstate__(self, _state: Any) -> None:
-        """Keep nothing."""
+        """Keep nothing more."""
+
+
+class NumpyArray:
+    """Stands for a numpy array, in which tensors of some devices were saved: keeps shape, format and bytes."""
+
+    def __init__(self, *_ignored: Any) -> None:
+        self.state: Any = None
+
+    def __setstate__(self, state: Any) -> None:
+        self.state = state
+
+
+_NUMPY_CODES = {"f2": "<f2", "f4": "<f4", "f8": "<f8"}
+
+
+def _from_numpy(array: Any, *_ignored: Any) -> LazyTensor:
+    """Describe the tensor that a numpy array holds, row by row."""
+    if not isinstance(array, NumpyArray) or not isinstance(array.state, tuple) or len(array.state) != 5:
+        raise Refusal("CORRUPT", "a tensor that makes no sense")
+    _, shape, number_format, is_fortran, data = array.state
+    code = _NUMPY_CODES.get(str(getattr(number_format, "code", "")))
+    if code is None or is_fortran or not isinstance(data, bytes) or not isinstance(shape, tuple):
+        raise Refusal("NOT_AN_EMBEDDING", "a tensor in an unknown number format")
+    strides = [math.prod(shape[place + 1 :]) for place in range(len(shape))]
+    return LazyTensor(Storage(code, len(data), data), 0, shape, strides)
+
+
+def _encoded(text: Any, *_ignored: Any) -> bytes:
+    return text.encode("latin-1") if isinstance(text, str) else b""
 
 
 def _first(value: Any, *_ignored: Any) -> Any:
@@ -103,11 +132,13 @@ _GLOBALS: dict[tuple[str, str], Any] = {
     ("torch", "device"): _first,
     ("__builtin__", "set"): set,
     ("builtins", "set"): set,
-    ("_codecs", "encode"): Inert,
-    ("numpy", "dtype"): Inert,
-    ("numpy.core.multiarray", "scalar"): Inert,
-    ("numpy._core.multiarray", "scalar"): Inert,
+    ("torch._utils", "_rebuild_device_tensor_from_numpy"): _from_numpy,
+    ("_codecs", "encode"): _encoded,
+    ("numpy", "dtype"): NumberFormat,
+    ("numpy", "ndarray"): NumpyArray,
 }
+_GLOBALS |= {(f"{package}.multiarray", "scalar"): NumberFormat for package in ("numpy.core", "numpy._core")}
+_GLOBALS |= {(f"{package}.multiarray", "_reconstruct"): NumpyArray for package in ("numpy.core", "numpy._core")}
 _GLOBALS |= {("torch", name): dtype for name, dtype in _DTYPES.items()}
 _GLOBALS |= {("torch", name): name for name in ("float32", "float16", "bfloat16", "float64", "int64")}
 
