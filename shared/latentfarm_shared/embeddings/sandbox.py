@@ -1,8 +1,7 @@
 """Files of strangers are read in a child process with little memory and time, which can write nothing.
 
 The parent opens the file and hands the child its descriptor over a socket; the child answers with tensors or with the
-reason for a refusal. One that takes too long, or dies, is replaced, and its file refused. The child imports numpy and
-Pillow, no torch, and ends with its parent.
+reason for a refusal. One that takes too long, or dies, is replaced, and its file refused. `reader` is the other side.
 """
 
 from __future__ import annotations
@@ -11,10 +10,8 @@ import array
 import hashlib
 import io
 import json
-import math
 import os
 import socket
-import struct
 import subprocess
 import sys
 import threading
@@ -29,18 +26,13 @@ from typing import Any, BinaryIO, Self
 import numpy as np
 
 from latentfarm_shared.embeddings.files import EmbeddingFile
-from latentfarm_shared.embeddings.layouts import Found, read_layout
+from latentfarm_shared.embeddings.layouts import Found
+from latentfarm_shared.embeddings.reader import EMBEDDING, LENGTH, PICTURE
 from latentfarm_shared.embeddings.refusals import DEFAULT_CAPS, Caps, Code, Refusal
 from latentfarm_shared.errors import Unavailable, UnreadableFile
 
-_LENGTH = struct.Struct("<I")
+READER = "latentfarm_shared.embeddings.reader"
 START_S = 30.0  # importing numpy on a busy machine
-_EMBEDDING, _PICTURE = b"f", b"p"
-PREVIEW_EDGE, PREVIEW_PIXELS = 768, 2**25
-PR_SET_PDEATHSIG = 1
-
-
-# ---- parent
 
 
 class NotAnEmbedding(UnreadableFile):
@@ -114,7 +106,7 @@ class Sandbox:
         try:
             with opened(path) as file, self._guard:
                 connection = self._ready()
-                header, deadline = self._request(connection, _PICTURE, file)
+                header, deadline = self._request(connection, PICTURE, file)
                 return _receive(connection, deadline) if "png" in header else b""
         except (NotAnEmbedding, TimeoutError, EOFError, OSError, ValueError):
             with self._guard:
@@ -130,7 +122,7 @@ class Sandbox:
         """Have one file read; a child that failed at it is ended."""
         connection = self._ready()
         try:
-            header, deadline = self._request(connection, _EMBEDDING, file)
+            header, deadline = self._request(connection, EMBEDDING, file)
             if "code" in header:
                 raise Refusal(header["code"], header["reason"])
             return [_found(item, connection, deadline) for item in header["found"]]
@@ -155,7 +147,7 @@ class Sandbox:
         ours, theirs = socket.socketpair()
         environment = {name: os.environ[name] for name in ("PATH", "PYTHONPATH", "HOME") if name in os.environ}
         environment |= {"OPENBLAS_NUM_THREADS": "1", "OMP_NUM_THREADS": "1", "PYTHONDONTWRITEBYTECODE": "1"}
-        command = [sys.executable, "-P", "-m", __name__, str(theirs.fileno()), self.caps.model_dump_json()]
+        command = [sys.executable, "-P", "-m", READER, str(theirs.fileno()), self.caps.model_dump_json()]
         with theirs:
             self._child = subprocess.Popen(
                 command,
@@ -207,7 +199,7 @@ def _end_child(child: subprocess.Popen[bytes], connection: socket.socket) -> Non
 
 def _receive(connection: socket.socket, deadline: float) -> bytes:
     """Receive one message: its length, then its bytes."""
-    return _exactly(connection, _LENGTH.unpack(_exactly(connection, _LENGTH.size, deadline))[0], deadline)
+    return _exactly(connection, LENGTH.unpack(_exactly(connection, LENGTH.size, deadline))[0], deadline)
 
 
 def _exactly(connection: socket.socket, count: int, deadline: float) -> bytes:
@@ -230,113 +222,6 @@ def _found(item: dict[str, object], connection: socket.socket, deadline: float) 
     return Found(tensors=tensors, **item)  # type: ignore[arg-type]
 
 
-# ---- child
-
-
-def _limit(caps: Caps) -> None:
-    """Give up memory, files, processes and core dumps beyond what one embedding needs, and end with the parent."""
-    import ctypes  # noqa: PLC0415 - only in the child
-    import resource  # noqa: PLC0415
-    import signal  # noqa: PLC0415
-
-    limits = [(resource.RLIMIT_FSIZE, 0), (resource.RLIMIT_CORE, 0), (resource.RLIMIT_NOFILE, 32)]
-    if sys.platform == "linux":
-        limits += [(resource.RLIMIT_AS, caps.memory_mb * 2**20), (resource.RLIMIT_NPROC, 0)]
-        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
-    for kind, value in limits:
-        resource.setrlimit(kind, (value, value))
-
-
-def _limit_time(caps: Caps) -> None:
-    """Let the kernel end this process when one file takes more processor time than it may."""
-    import resource  # noqa: PLC0415
-
-    usage = resource.getrusage(resource.RUSAGE_SELF)
-    allowed = math.ceil(usage.ru_utime + usage.ru_stime + caps.seconds) + 1
-    resource.setrlimit(resource.RLIMIT_CPU, (allowed, resource.RLIM_INFINITY))
-
-
-def _serve(connection: socket.socket, caps: Caps) -> None:
-    _send(connection, b"ready")
-    while True:
-        message, ancillary, _, _ = connection.recvmsg(1, socket.CMSG_SPACE(array.array("i").itemsize))
-        if not message:
-            return
-        (_, _, descriptor), *_ = ancillary
-        _limit_time(caps)
-        with os.fdopen(array.array("i", descriptor)[0], "rb") as file:
-            for part in (_picture if message == _PICTURE else _embedding)(file, caps):
-                _send(connection, part)
-
-
-def _embedding(file: BinaryIO, caps: Caps) -> Iterator[bytes]:
-    """Yield the answer to a file: a header, and the tensors it describes."""
-    from latentfarm_shared.embeddings.containers import read_container  # noqa: PLC0415 - the parent needs none of it
-
-    try:
-        found = read_layout(read_container(file, caps), caps)
-    except Refusal as refusal:
-        yield json.dumps({"code": refusal.code, "reason": refusal.reason}).encode()
-        return
-    except MemoryError:
-        reason = f"reading it needs more than {caps.memory_mb} MB"
-        yield json.dumps({"code": "TOO_LARGE", "reason": reason}).encode()
-        return
-    except Exception as error:  # noqa: BLE001 - whatever a strange file provokes is that file's refusal
-        reason = f"it makes no sense ({type(error).__name__})"
-        yield json.dumps({"code": "CORRUPT", "reason": reason}).encode()
-        return
-    described = [
-        {
-            "layout": item.layout,
-            "internal_name": item.internal_name,
-            "own_name": item.own_name,
-            "needs_name": item.needs_name,
-            "shapes": {encoder: tensor.shape for encoder, tensor in item.tensors.items()},
-        }
-        for item in found
-    ]
-    yield json.dumps({"found": described}).encode()
-    for item in found:
-        for tensor in item.tensors.values():
-            yield np.ascontiguousarray(tensor, "<f4").tobytes()
-
-
-def _picture(file: BinaryIO, _caps: Caps) -> Iterator[bytes]:
-    """Yield the answer to a picture: a header, and a small PNG of it."""
-    from PIL import Image  # noqa: PLC0415 - the parent needs none of it
-
-    try:
-        with Image.open(file, formats=("PNG", "JPEG", "WEBP", "GIF", "AVIF")) as picture:
-            if picture.width * picture.height > PREVIEW_PIXELS:
-                raise ValueError("too large")
-            small = picture.convert("RGB")
-            small.thumbnail((PREVIEW_EDGE, PREVIEW_EDGE))
-            target = io.BytesIO()
-            small.save(target, "PNG")
-    except Exception:  # noqa: BLE001 - whatever is wrong with it, it is no preview
-        yield b"{}"
-        return
-    yield b'{"png": true}'
-    yield target.getvalue()
-
-
-def _send(connection: socket.socket, data: bytes) -> None:
-    connection.sendall(_LENGTH.pack(len(data)) + data)
-
-
-def _child(descriptor: int, caps: Caps, limit: Callable[[Caps], None] = _limit) -> None:
-    import PIL.Image  # noqa: PLC0415 - imported before files are out of reach
-
-    import latentfarm_shared.embeddings.containers  # noqa: PLC0415
-
-    PIL.Image.init()
-    del latentfarm_shared
-    with socket.socket(fileno=descriptor) as connection:
-        limit(caps)
-        _serve(connection, caps)
-
-
 def read_embedding(path: Path, caps: Caps = DEFAULT_CAPS) -> EmbeddingFile:
     """Read a file that holds one embedding, in a child process of its own.
 
@@ -345,7 +230,3 @@ def read_embedding(path: Path, caps: Caps = DEFAULT_CAPS) -> EmbeddingFile:
     """
     with Sandbox(caps) as sandbox:
         return sandbox.read_one(path)
-
-
-if __name__ == "__main__":
-    _child(int(sys.argv[1]), Caps.model_validate_json(sys.argv[2]))
