@@ -195,7 +195,7 @@ def _run(
     """Render a user's request with every embedding at hand, and keep what a watcher is shown."""
     with Renderer(ctx.state["checkpoints"]["sd1"], record, ctx.state["shelf"]) as renderer:
         for embedding in locked(ctx.state["records"], record).embeddings:
-            renderer.know(embedding)
+            renderer.know(embedding.model_copy(update={"allow_word": True}))  # in A1111 any name may be a word
         spec, lock = renderer.freeze(spec_from_request(request))
         futures = [renderer.submit(spec, lock, i, watch=_keeper(stages, i)) for i in range(spec.count)]
         return spec, lock, [future.result() for future in futures]

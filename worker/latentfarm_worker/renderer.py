@@ -98,14 +98,16 @@ class Renderer:
         self.engine.stop()
         self._sandbox.close()
 
-    def add_embedding(self, source: Path | EmbeddingFile, name: str | None = None) -> EmbeddingRecord:
-        """Make an embedding usable by name.
+    def add_embedding(
+        self, source: Path | EmbeddingFile, name: str | None = None, *, allow_word: bool = False
+    ) -> EmbeddingRecord:
+        """Make an embedding usable by name; one that is a word of the vocabulary only if that is allowed.
 
         Raises:
             UnreadableFile: it is none.
         """
         file = source if isinstance(source, EmbeddingFile) else self._sandbox.read_one(source)
-        record = self._shelf.put(file, name)
+        record = self._shelf.put(file, name).model_copy(update={"allow_word": allow_word})
         self.know(record)
         return record
 
