@@ -6,6 +6,7 @@ download redirects to a store that refuses the site's token, files carry scan re
 
 from __future__ import annotations
 
+import hashlib
 import json
 import re
 from collections.abc import Iterator
@@ -84,8 +85,6 @@ class Civitai:
         Raises:
             UnreadableFile: its sha256 is another.
         """
-        import hashlib  # noqa: PLC0415
-
         token = self._token if origin(file.url) == origin(self._base) else None
         with self._downloader.fetch(file.url, token) as fetched:
             with fetched.path.open("rb") as opened:

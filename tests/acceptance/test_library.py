@@ -1,5 +1,6 @@
 """The life of an embedding through the real command line: found, added, used, replaced, measured, made."""
 
+import io
 import json
 import subprocess
 import threading
@@ -204,8 +205,6 @@ def test_prompt_is_packed_into_an_embedding_that_keeps_its_attributes(farm: Up, 
 
 
 def _attributes(sdk: Farm, prompt: str) -> float:
-    import io  # noqa: PLC0415
-
     job = sdk.generate(prompt, seed=700, count=16, steps=15, lane="batch")
     job.wait(120)
     found = [check(Image.open(io.BytesIO(image.png())), CHARACTER) for image in job.iter_images()]

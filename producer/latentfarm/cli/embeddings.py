@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -83,8 +84,6 @@ def _inspected(path: Path, file: EmbeddingFile, family: str) -> dict[str, Any]:
 
 
 def _not_taken(path: Path, code: str, reason: str) -> dict[str, Any]:
-    import hashlib  # noqa: PLC0415
-
     digest = hashlib.sha256(path.read_bytes()).hexdigest() if path.is_file() and path.stat().st_size < 2**26 else None
     empty = dict.fromkeys(("layout", "vectors", "internal_name", "legacy_checksum", "content_id"))
     hashes = {"sha256": digest, "autov2": digest and digest[:10], "ti_hash": digest and digest[:12]}
