@@ -11,8 +11,8 @@ from typing import Any
 
 from latentfarm_shared.records import Lock
 from latentfarm_shared.specs import JobSpec
+from latentfarm_worker.operations import Rendered
 from latentfarm_worker.renderer import Renderer
-from latentfarm_worker.renders import Rendered
 
 from bench.pairs import PAIRS, interleaved, percentile, ratio
 from bench.rivals import job

@@ -18,10 +18,10 @@ from latentfarm_shared.records import BlobFile, CheckpointRecord, Lock
 from latentfarm_shared.specs import JobSpec, expand
 from latentfarm_worker.checkpoint import Checkpoint, Parts
 from latentfarm_worker.guidance import Guidance, Timed
-from latentfarm_worker.operations import Conditioning, Encode
+from latentfarm_worker.operations import Conditioning, Encode, Rendered
 from latentfarm_worker.prompts import LaidPart, PromptLayout
 from latentfarm_worker.renderer import EmbeddingShelf, Renderer, locked
-from latentfarm_worker.renders import Rendered, RenderRequest, Watch, first_pass, noise_levels
+from latentfarm_worker.renders import RenderRequest, Watch, first_pass, noise_levels
 from latentfarm_worker.runtime import Runtime
 from latentfarm_worker.sampling.noise import ImageNoise, NoiseRecipe
 from latentfarm_worker.sampling.noise_model import NoiseModel

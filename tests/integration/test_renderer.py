@@ -14,9 +14,9 @@ from latentfarm_shared.names import SAMPLERS
 from latentfarm_shared.specs import JobSpec, expand
 from latentfarm_worker import Renderer
 from latentfarm_worker.injection import Injection
+from latentfarm_worker.operations import Progress
 from latentfarm_worker.previews import fitting, preview
 from latentfarm_worker.proof import checked
-from latentfarm_worker.renders import Progress
 from latentfarm_worker.runtime import Runtime
 from torch import Tensor
 

@@ -20,9 +20,11 @@ from latentfarm_worker.operations import (
     Enlarge,
     Operation,
     Picture,
+    Render,
+    Rendered,
 )
-from latentfarm_worker.renders import Render, Rendered
 from latentfarm_worker.sampling.noise_model import Scaling
+from latentfarm_worker.torch_device import TorchDevice
 from torch import Tensor
 
 SCALING = Scaling(0.0, 1.0, 1.0, 1.0)
@@ -78,7 +80,7 @@ def value(future: Future[Rendered]) -> float:
 
 @pytest.fixture
 def engine() -> Iterator[Engine]:
-    engine = Engine()
+    engine = Engine(device=TorchDevice())
     yield engine
     engine.stop()
 
@@ -152,7 +154,7 @@ def test_render_canceled_before_the_engine_saw_it_never_runs(engine: Engine) -> 
 
 def test_engine_says_when_it_is_idle() -> None:
     heard: list[str] = []
-    engine = Engine(heard.append)
+    engine = Engine(heard.append, device=TorchDevice())
     engine.start()
     engine.submit(render(8, 1), CountingModel()).result(5)
     engine.stop()
@@ -176,7 +178,7 @@ def test_urgent_image_overtakes(engine: Engine) -> None:
 
 
 def test_stop_cancels_what_is_in_flight() -> None:
-    engine = Engine()
+    engine = Engine(device=TorchDevice())
     future = engine.submit(render(8, 100_000), CountingModel())
     engine.start()
 
@@ -187,7 +189,7 @@ def test_stop_cancels_what_is_in_flight() -> None:
 
 
 def test_slots_bound_what_is_in_flight() -> None:
-    model, engine = CountingModel(), Engine(slots=2)
+    model, engine = CountingModel(), Engine(device=TorchDevice(), slots=2)
     futures = [engine.submit(render(8, 2), model) for _ in range(5)]
     engine.start()
     for future in futures:
@@ -198,7 +200,7 @@ def test_slots_bound_what_is_in_flight() -> None:
 
 
 def test_parked_images_wait_while_an_interactive_one_is_in_flight() -> None:
-    model, engine = CountingModel(), Engine(policy="park")
+    model, engine = CountingModel(), Engine(device=TorchDevice(), policy="park")
     batch = [engine.submit(render(8, 4), model) for _ in range(3)]
     urgent = engine.submit(render(8, 4), model, urgent=True)
     order: list[str] = []
@@ -214,7 +216,7 @@ def test_parked_images_wait_while_an_interactive_one_is_in_flight() -> None:
 
 
 def test_shared_batches_take_an_interactive_image_along() -> None:
-    model, engine = CountingModel(), Engine(slots=3, policy="share")
+    model, engine = CountingModel(), Engine(device=TorchDevice(), slots=3, policy="share")
     futures = [engine.submit(render(8, 4), model) for _ in range(3)]
     futures.append(engine.submit(render(8, 4), model, urgent=True))
     engine.start()
@@ -226,7 +228,7 @@ def test_shared_batches_take_an_interactive_image_along() -> None:
 
 
 def test_parking_does_not_last_for_ever() -> None:
-    model, engine = CountingModel(), Engine(policy="park", park_limit_s=0.0)
+    model, engine = CountingModel(), Engine(device=TorchDevice(), policy="park", park_limit_s=0.0)
     parked = engine.submit(render(8, 2), model)
     endless = engine.submit(render(8, 10_000_000), model, urgent=True)
     engine.start()
@@ -237,7 +239,7 @@ def test_parking_does_not_last_for_ever() -> None:
 
 
 def test_batch_that_does_not_fit_is_halved_and_loses_nothing() -> None:
-    model, engine = CountingModel(fits=2), Engine()
+    model, engine = CountingModel(fits=2), Engine(device=TorchDevice())
     futures = [engine.submit(render(8, 3), model) for _ in range(8)]
     engine.start()
 
@@ -247,7 +249,7 @@ def test_batch_that_does_not_fit_is_halved_and_loses_nothing() -> None:
 
 
 def test_image_that_does_not_fit_alone_fails_with_a_name() -> None:
-    model, engine = CountingModel(fits=0), Engine()
+    model, engine = CountingModel(fits=0), Engine(device=TorchDevice())
     future = engine.submit(render(8, 1), model)
     engine.start()
 
@@ -257,7 +259,7 @@ def test_image_that_does_not_fit_alone_fails_with_a_name() -> None:
 
 
 def test_passed_deadline_ends_one_image() -> None:
-    model, engine = CountingModel(), Engine()
+    model, engine = CountingModel(), Engine(device=TorchDevice())
     late = engine.submit(render(8, 10_000_000), model, deadline=0.0)
     other = engine.submit(render(8, 1), model)
     engine.start()
@@ -269,7 +271,7 @@ def test_passed_deadline_ends_one_image() -> None:
 
 
 def test_culprit_of_a_failed_batch_is_found_by_halving() -> None:
-    model, engine = CountingModel(), Engine()
+    model, engine = CountingModel(), Engine(device=TorchDevice())
     futures = [engine.submit(render(13 if i == 5 else 8, 1), model) for i in range(8)]
     engine.start()
 
@@ -283,7 +285,7 @@ def test_culprit_of_a_failed_batch_is_found_by_halving() -> None:
 def test_costs_are_measured_once_and_remembered(tmp_path: Path) -> None:
     costs = tmp_path / "costs.json"
     model = CountingModel()
-    engine = Engine(capacity=Capacity(budget_bytes=3 * 64, costs=costs))
+    engine = Engine(device=TorchDevice(), capacity=Capacity(budget_bytes=3 * 64, device=TorchDevice(), costs=costs))
     futures = [engine.submit(render(8, 3, edge=2), model) for _ in range(8)]
     engine.start()
     for future in futures:
@@ -304,7 +306,7 @@ def test_damaged_cost_file_is_measured_again(tmp_path: Path) -> None:
 
 
 def test_render_handed_in_after_the_end_fails_at_once() -> None:
-    engine = Engine()
+    engine = Engine(device=TorchDevice())
     engine.start()
     engine.stop()
 
@@ -313,7 +315,7 @@ def test_render_handed_in_after_the_end_fails_at_once() -> None:
 
 
 def test_late_render_that_waits_for_a_slot_ends_too() -> None:
-    model, engine = CountingModel(), Engine(slots=1)
+    model, engine = CountingModel(), Engine(device=TorchDevice(), slots=1)
     engine.submit(render(8, 10_000_000), model)
     engine.start()
     late = engine.submit(render(8, 1), model, deadline=0.0)
@@ -324,7 +326,7 @@ def test_late_render_that_waits_for_a_slot_ends_too() -> None:
 
 
 def test_shared_batches_of_one_do_not_starve_the_others() -> None:
-    model, engine = CountingModel(fits=1), Engine(policy="share")
+    model, engine = CountingModel(fits=1), Engine(device=TorchDevice(), policy="share")
     engine.submit(render(8, 10_000_000), model, urgent=True)
     engine.submit(render(8, 10_000_000), model, urgent=True)
     patient = engine.submit(render(8, 20), model)
@@ -346,7 +348,7 @@ def test_memory_of_a_batch_that_did_not_fit_is_let_go_before_its_halves_run() ->
                 raise torch.OutOfMemoryError("too many")
             return super().denoise(batch)
 
-    engine = Engine()
+    engine = Engine(device=TorchDevice())
     futures = [engine.submit(render(8, 1), Greedy()) for _ in range(1)]
     model = Greedy()
     futures += [engine.submit(render(8, 1), model) for _ in range(4)]
@@ -364,7 +366,7 @@ def test_end_of_the_engine_is_told_to_everyone() -> None:
         def fitting(self, model: str, operations: Sequence[Operation]) -> int:
             raise ValueError("a bug")
 
-    engine = Engine(capacity=Broken(), on_fatal=told.append)
+    engine = Engine(device=TorchDevice(), capacity=Broken(), on_fatal=told.append)
     future = engine.submit(render(8, 1), CountingModel())
     threading.excepthook, before = (lambda _: None), threading.excepthook
     engine.start()

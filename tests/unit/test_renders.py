@@ -5,14 +5,25 @@ from typing import Any
 import pytest
 import torch
 from latentfarm_shared.errors import BrokenPicture
+from latentfarm_shared.parameters import HiresFix, SamplingOptions
 from latentfarm_shared.prompts.tokens import ClipTokenizer
 from latentfarm_shared.records import Lock
-from latentfarm_shared.specs import HiresFix, JobSpec, SamplingOptions, expand
+from latentfarm_shared.specs import JobSpec, expand
 from latentfarm_worker.checkpoint import emphasise
 from latentfarm_worker.guidance import Guidance, Timed
-from latentfarm_worker.operations import Conditioning, Decode, Denoise, Encode, EncodePixels, Enlarge, Picture
+from latentfarm_worker.operations import (
+    Conditioning,
+    Decode,
+    Denoise,
+    Encode,
+    EncodePixels,
+    Enlarge,
+    Picture,
+    Progress,
+    Rendered,
+)
 from latentfarm_worker.prompts import LaidPart
-from latentfarm_worker.renders import Progress, Rendered, RenderRequest, txt2img
+from latentfarm_worker.renders import RenderRequest, txt2img
 from latentfarm_worker.sampling.noise_model import NoiseModel
 from latentfarm_worker.upscaling import TILE, enlarge_latent, enlarge_pixels
 from torch import Tensor

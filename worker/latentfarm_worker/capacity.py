@@ -5,74 +5,16 @@ from __future__ import annotations
 import json
 import os
 import threading
-import weakref
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
-import torch
-from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
-
+from latentfarm_worker.device import Device
 from latentfarm_worker.operations import Decode, Denoise, Encode, EncodePixels, Enlarge, Operation, Tune, group_key
 
 MAX_BATCH = {Encode: 16, Denoise: 16, Decode: 4, EncodePixels: 2, Enlarge: 4, Tune: 1}
 """No larger batch is run even if memory allows: what takes long must not hold up other images' steps."""
-
-
-class _LiveBytes(TorchDispatchMode):
-    """Counts the bytes of tensors alive that were made inside; `peak` is their highest sum."""
-
-    def __init__(self) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
-        self.live = self.peak = 0
-        self._seen: dict[int, int] = {}
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        for item in args:
-            if isinstance(item, Tensor):  # made outside: what only looks at it costs nothing
-                self._seen.setdefault(item.untyped_storage().data_ptr(), 0)
-        result = func(*args, **(kwargs or {}))
-        for item in result if isinstance(result, tuple | list) else (result,):
-            if isinstance(item, Tensor):
-                self._count(item)
-        return result
-
-    def _count(self, tensor: Tensor) -> None:
-        pointer, size = tensor.untyped_storage().data_ptr(), tensor.untyped_storage().nbytes()
-        if pointer in self._seen or not size:
-            return
-        self._seen[pointer] = size
-        self.live += size
-        self.peak = max(self.peak, self.live)
-        weakref.finalize(tensor, self._forget, pointer)
-
-    def _forget(self, pointer: int) -> None:
-        self.live -= self._seen.pop(pointer, 0)
-
-
-@dataclass
-class _Peak:
-    """The highest memory use of a measured call, in bytes."""
-
-    bytes: int = 0
-
-
-@contextmanager
-def peak_memory(device: str) -> Iterator[_Peak]:
-    """Measure what a call takes at its highest: the allocator's own count on CUDA, live tensors elsewhere."""
-    peak = _Peak()
-    if device.startswith("cuda"):
-        before = torch.cuda.memory_allocated(device)
-        torch.cuda.reset_peak_memory_stats(device)
-        yield peak
-        peak.bytes = torch.cuda.max_memory_allocated(device) - before
-    else:
-        with _LiveBytes() as counter:
-            yield peak
-        peak.bytes = counter.peak
 
 
 @dataclass
@@ -83,7 +25,7 @@ class Capacity:
     """
 
     budget_bytes: int = 2**62
-    device: str = "cpu"
+    device: Device = field(default_factory=Device)
     costs: Path | None = None
     _bytes: dict[str, int] = field(default_factory=dict)
     _limits: dict[str, int] = field(default_factory=dict)
@@ -125,7 +67,7 @@ class Capacity:
         if isinstance(operations[0], Tune) or not self.measures or key in self._bytes or len(operations) > 1:
             yield
             return
-        with peak_memory(self.device) as peak:
+        with self.device.peak() as peak:
             yield
         with self._guard:
             self._bytes[key] = peak.bytes
@@ -135,8 +77,7 @@ class Capacity:
         """Take into account that a batch did not fit: from now on at most half as many of any of its kinds."""
         for operation in operations:
             self._limits[_key(model, operation)] = max(1, len(operations) // 2)
-        if self.device.startswith("cuda"):
-            torch.cuda.empty_cache()
+        self.device.relieve()
 
     def describe(self) -> dict[str, int]:
         """Return the measured costs in bytes, by checkpoint, kind and shape."""

@@ -32,32 +32,6 @@ from latentfarm_worker.sampling.noise_model import NoiseModel
 from latentfarm_worker.text import TextEncoder
 
 
-class Model(Protocol):
-    """What the engine needs of a checkpoint; the tests hand in a smaller one."""
-
-    name: str
-
-    def encode(self, batch: Sequence[Encode]) -> Sequence[tuple[Conditioning, ...]]:
-        """Encode texts."""
-        ...
-
-    def denoise(self, batch: Sequence[Denoise]) -> Sequence[Tensor]:
-        """Ask the UNet."""
-        ...
-
-    def decode(self, batch: Sequence[Decode]) -> Sequence[Picture]:
-        """Turn latents into pixels."""
-        ...
-
-    def encode_pixels(self, batch: Sequence[EncodePixels]) -> Sequence[Tensor]:
-        """Turn pixels into latents."""
-        ...
-
-    def enlarge(self, batch: Sequence[Enlarge]) -> Sequence[Tensor]:
-        """Enlarge tiles."""
-        ...
-
-
 class Upscaler(Protocol):
     """An upscaler model: `[B, 3, h, w]` in, larger out."""
 

@@ -15,13 +15,23 @@ from dataclasses import dataclass, field
 from itertools import islice
 from typing import Any, Literal
 
-import torch
 from latentfarm_shared.errors import DeadlineExceeded, OutOfMemory, RenderCanceled, RenderError
 
 from latentfarm_worker.capacity import Capacity
-from latentfarm_worker.checkpoint import Model
-from latentfarm_worker.operations import Decode, Denoise, Encode, EncodePixels, Enlarge, Operation, Tune, group_key
-from latentfarm_worker.renders import Render, Rendered
+from latentfarm_worker.device import Device
+from latentfarm_worker.operations import (
+    Decode,
+    Denoise,
+    Encode,
+    EncodePixels,
+    Enlarge,
+    Model,
+    Operation,
+    Render,
+    Rendered,
+    Tune,
+    group_key,
+)
 
 Policy = Literal["park", "share"]
 PHASE = {
@@ -83,6 +93,7 @@ class Engine:
         slots: int = 8,
         policy: Policy = "park",
         capacity: Capacity | None = None,
+        device: Device | None = None,
         park_limit_s: float = PARK_LIMIT_S,
         on_fatal: Callable[[BaseException], None] = lambda _error: None,
     ) -> None:
@@ -94,7 +105,8 @@ class Engine:
         """
         self.clock = EngineClock()
         self._on_batch, self._on_fatal, self._slots, self._policy = on_batch, on_fatal, slots, policy
-        self._capacity, self._park_limit_s = capacity or Capacity(), park_limit_s
+        self._device = device or Device()
+        self._capacity, self._park_limit_s = capacity or Capacity(device=self._device), park_limit_s
         self._flights: list[InFlight] = []
         self._waiting: list[Ticket] = []
         self._canceled: set[Future[Rendered]] = set()
@@ -240,7 +252,7 @@ class Engine:
         if failure is None:
             self._send_back(group, results)
             return
-        if isinstance(failure, torch.OutOfMemoryError):
+        if self._device.trouble(failure) == "memory":
             self._capacity.overflowed(group[0].ticket.model.name, [flight.pending for flight in group])
             failure = OutOfMemory(f"while {PHASE[type(group[0].pending)]}")
         if len(group) == 1:
@@ -257,13 +269,11 @@ class Engine:
         """
         try:
             return self._execute(group), None
-        except torch.OutOfMemoryError as error:
-            return (), error.with_traceback(None)
-        except torch.AcceleratorError as error:
-            self._on_fatal(error)  # nothing runs on a device in this state
-            return (), error
         except Exception as error:  # noqa: BLE001 - a failed batch is bisected, then fails its image
-            return (), error
+            trouble = self._device.trouble(error)
+            if trouble == "device":
+                self._on_fatal(error)  # nothing runs on a device in this state
+            return (), error.with_traceback(None) if trouble == "memory" else error
 
     def _execute(self, group: list[InFlight]) -> Sequence[object]:
         model, operations = group[0].ticket.model, [flight.pending for flight in group]
@@ -282,10 +292,10 @@ class Engine:
             self._advance(flight, result)
         self.clock.render_s += time.perf_counter() - began
 
-    @torch.inference_mode()
     def _advance(self, flight: InFlight, result: object) -> None:
         try:
-            flight.pending = flight.ticket.render.send(result)
+            with self._device.advancing():
+                flight.pending = flight.ticket.render.send(result)
             self._ticks += 1
             flight.waiting_since = self._ticks
         except StopIteration as finished:

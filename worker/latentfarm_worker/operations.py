@@ -1,15 +1,21 @@
-"""What a render asks of the device. A render yields one of these and is sent the result."""
+"""What a render asks of the device, and what it comes to. A render yields operations and is sent their results.
+
+Knows tensors by name only, so that a simulated device needs no torch.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Protocol
 
 from latentfarm_shared.names import EmphasisMode
 from latentfarm_shared.prompts.chunks import Chunk
-from torch import Tensor
 
-from latentfarm_worker.sampling.noise_model import Scaling
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from latentfarm_worker.sampling.noise_model import Scaling
 
 
 @dataclass(frozen=True, eq=False)
@@ -132,3 +138,63 @@ def group_key(operation: Operation) -> tuple[object, ...]:
             return "enlarge", tuple(operation.tile.shape), operation.upscaler
         case Tune():
             return "tune", id(operation)
+
+
+@dataclass(eq=False)
+class Progress:
+    """How far a render is; written by the engine's thread, read by anyone."""
+
+    stage: str = "waiting"
+    step: int = 0
+    steps: int = 0
+    latent: Tensor | None = None
+    score: float | None = None
+
+    def begin(self, stage: str, steps: int) -> None:
+        """Enter a stage of so many model calls."""
+        self.stage, self.step, self.steps = stage, 0, steps
+
+    def advance(self, latent: Tensor) -> None:
+        """Count a model call and keep what there is to see after it, for previews."""
+        self.step, self.latent = self.step + 1, latent
+
+
+@dataclass(frozen=True, eq=False)
+class Rendered:
+    """A finished picture, `pixels: [H, W, 3]` uint8 on the CPU, and the content ids of the embeddings that went in.
+
+    `promised` are those that its prompts mean.
+    """
+
+    pixels: Tensor
+    applied: frozenset[str] = frozenset()
+    promised: frozenset[str] = frozenset()
+
+
+Render = Generator[Operation, Any, Rendered]
+
+
+class Model(Protocol):
+    """What the engine needs of a checkpoint; the tests hand in a smaller one."""
+
+    name: str
+
+    def encode(self, batch: Sequence[Encode]) -> Sequence[tuple[Conditioning, ...]]:
+        """Encode texts."""
+        ...
+
+    def denoise(self, batch: Sequence[Denoise]) -> Sequence[Tensor]:
+        """Ask the UNet."""
+        ...
+
+    def decode(self, batch: Sequence[Decode]) -> Sequence[Picture]:
+        """Turn latents into pixels."""
+        ...
+
+    def encode_pixels(self, batch: Sequence[EncodePixels]) -> Sequence[Tensor]:
+        """Turn pixels into latents."""
+        ...
+
+    def enlarge(self, batch: Sequence[Enlarge]) -> Sequence[Tensor]:
+        """Enlarge tiles."""
+        ...

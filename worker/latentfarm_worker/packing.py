@@ -22,8 +22,18 @@ from latentfarm_shared.specs import JobSpec, Pack
 from torch import Tensor
 
 from latentfarm_worker.checkpoint import Checkpoint
-from latentfarm_worker.operations import Conditioning, Decode, Denoise, Encode, Operation, Picture, Side, Tune
-from latentfarm_worker.renders import Progress, Rendered
+from latentfarm_worker.operations import (
+    Conditioning,
+    Decode,
+    Denoise,
+    Encode,
+    Operation,
+    Picture,
+    Progress,
+    Rendered,
+    Side,
+    Tune,
+)
 from latentfarm_worker.sampling.noise_model import Scaling
 
 WORD = "packedword"

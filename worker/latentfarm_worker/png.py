@@ -11,16 +11,14 @@ import zlib
 import numpy as np
 from isal import isal_zlib
 from numpy.typing import NDArray
-from torch import Tensor
 
 SIGNATURE = b"\x89PNG\r\n\x1a\n"
 UP = 2  # the filter that subtracts the row above
 LEVEL = 1
 
 
-def encode_png(pixels: Tensor, infotext: str) -> bytes:
-    """Encode `pixels: [H, W, 3]` uint8 (PNG specification, third edition); the text in latin-1 or else UTF-8."""
-    rows = pixels.numpy()
+def encode_png(rows: NDArray[np.uint8], infotext: str) -> bytes:
+    """Encode `rows: [H, W, 3]` (PNG specification, third edition); the text in latin-1 or else UTF-8."""
     high, wide, _ = rows.shape
     header = struct.pack(">IIBBBBB", wide, high, 8, 2, 0, 0, 0)
     data = isal_zlib.compress(_filtered(rows).tobytes(), LEVEL)

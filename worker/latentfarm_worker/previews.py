@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from latentfarm_worker.operations import EncodePixels, Operation
-from latentfarm_worker.renders import CHANNELS, Progress, Rendered
+from latentfarm_worker.operations import EncodePixels, Operation, Progress, Rendered
+from latentfarm_worker.renders import CHANNELS
 
 EDGE = 128
 PICTURES = 4

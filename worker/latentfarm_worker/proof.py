@@ -6,7 +6,7 @@ from latentfarm_shared.errors import EmbeddingNotApplied
 from latentfarm_shared.records import Lock
 from latentfarm_shared.specs import ImageSpec
 
-from latentfarm_worker.renders import Rendered
+from latentfarm_worker.operations import Rendered
 
 
 def checked(rendered: Rendered, image: ImageSpec, lock: Lock) -> Rendered:
@@ -16,7 +16,7 @@ def checked(rendered: Rendered, image: ImageSpec, lock: Lock) -> Rendered:
         EmbeddingNotApplied: they differ.
     """
     names = {record.content_id: record.name for record in lock.embeddings}
-    wanted = rendered.promised if image.point else names.keys()
+    wanted = rendered.promised if image.varies else names.keys()
     missing = [names.get(content_id, content_id) for content_id in wanted if content_id not in rendered.applied]
     if missing or not rendered.applied <= names.keys():
         raise EmbeddingNotApplied(f"what entered the encoder is not what was promised: {', '.join(missing) or 'more'}")

@@ -22,9 +22,11 @@ from latentfarm_worker.bank import EmbeddingBank
 from latentfarm_worker.checkpoint import Checkpoint
 from latentfarm_worker.engine import Engine, Policy
 from latentfarm_worker.loading import load_checkpoint
+from latentfarm_worker.operations import Progress, Rendered
 from latentfarm_worker.proof import checked
-from latentfarm_worker.renders import Progress, Rendered, RenderRequest, Watch, txt2img, unwatched
+from latentfarm_worker.renders import RenderRequest, Watch, txt2img, unwatched
 from latentfarm_worker.runtime import Runtime
+from latentfarm_worker.torch_device import TorchDevice
 
 
 class EmbeddingShelf:
@@ -80,7 +82,7 @@ class Renderer:
             if model == "demo":
                 for path in sorted((folder.parent / "embeddings").glob("*.pt")):
                     self.add_embedding(path)
-        self.engine = Engine(slots=slots, policy=policy)
+        self.engine = Engine(slots=slots, policy=policy, device=TorchDevice(self.checkpoint.device))
         self.engine.start()
 
     def __enter__(self) -> Self:

@@ -9,14 +9,26 @@ from typing import Any, Protocol
 
 from latentfarm_shared.errors import BrokenPicture
 from latentfarm_shared.names import LATENT_UPSCALERS, TRAITS
+from latentfarm_shared.parameters import HiresFix
 from latentfarm_shared.prompts.chunks import Chunk
 from latentfarm_shared.prompts.tokens import ClipTokenizer
 from latentfarm_shared.records import Lock
-from latentfarm_shared.specs import HiresFix, ImageSpec, JobSpec
+from latentfarm_shared.specs import ImageSpec, JobSpec
 from torch import Tensor
 
 from latentfarm_worker.guidance import Guidance
-from latentfarm_worker.operations import Conditioning, Decode, Denoise, Encode, EncodePixels, Operation, Picture
+from latentfarm_worker.operations import (
+    Conditioning,
+    Decode,
+    Denoise,
+    Encode,
+    EncodePixels,
+    Operation,
+    Picture,
+    Progress,
+    Render,
+    Rendered,
+)
 from latentfarm_worker.prompts import LaidPart, LaidPrompts, PromptLayout, encode_part, encode_parts
 from latentfarm_worker.sampling.dpm_solver import levels_asked
 from latentfarm_worker.sampling.noise import ImageNoise, NoiseRecipe, TorchGenerator
@@ -47,38 +59,6 @@ class RenderModel(Protocol):
         ...
 
 
-@dataclass(eq=False)
-class Progress:
-    """How far a render is; written by the engine's thread, read by anyone."""
-
-    stage: str = "waiting"
-    step: int = 0
-    steps: int = 0
-    latent: Tensor | None = None
-    score: float | None = None
-
-    def begin(self, stage: str, steps: int) -> None:
-        """Enter a stage of so many model calls."""
-        self.stage, self.step, self.steps = stage, 0, steps
-
-    def advance(self, latent: Tensor) -> None:
-        """Count a model call and keep what there is to see after it, for previews."""
-        self.step, self.latent = self.step + 1, latent
-
-
-@dataclass(frozen=True, eq=False)
-class Rendered:
-    """A finished picture, `pixels: [H, W, 3]` uint8 on the CPU, and the content ids of the embeddings that went in.
-
-    `promised` are those that its prompts mean.
-    """
-
-    pixels: Tensor
-    applied: frozenset[str] = frozenset()
-    promised: frozenset[str] = frozenset()
-
-
-Render = Generator[Operation, Any, Rendered]
 LatentRender = Generator[Operation, Any, Tensor]
 Watch = Callable[[str, Tensor], None]
 
