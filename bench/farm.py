@@ -1,10 +1,11 @@
 """The farm end to end, Celery, Redis, S3 and PNG, against the bare device; then against the engine alone.
 
-The device that sleeps is measured in plain wall time. S3 is delayed by a file the worker reads at every PUT.
+The device that takes its time is measured in plain wall time; the slow S3 is a server in front of the real one.
 """
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 import tempfile
@@ -17,20 +18,16 @@ from latentfarm_worker.renderer import Renderer
 
 from bench.pairs import PAIRS, interleaved, ratio
 from bench.rivals import engine_s, job
-from bench.sleeping import DEVICE_S
+from tests.faulty_s3 import FaultyS3
 
 SLEEPING_IMAGES = 100
+DEVICE_S = 0.25
 DEMO_IMAGES = 40
-START = (
-    "import sys; from pathlib import Path; from latentfarm_shared.settings import Settings;"
-    "from latentfarm_worker.supervisor import Supervisor; data = Path(sys.argv[1]);"
-    "sys.exit(Supervisor(Settings.load(data), (), data, 'bench.sleeping').run())"
-)
 
 
 def job_s(local: LocalFarm, images: int, edge: int, steps: int) -> float:
     """Submit a job and wait; return the seconds an image took, from submission to the last picture in S3."""
-    spec = job(count=images, width=edge, height=edge, steps=steps, lane="batch")
+    spec = job(count=images, width=edge, height=edge, steps=steps, lane="batch", reuse=False)
     began = time.perf_counter()
     status = local.farm.submit(spec).wait(600)
     if status.state != "succeeded":
@@ -47,20 +44,35 @@ def bare_device_s() -> float:
 
 
 def sleeping() -> dict[str, Any]:
-    """Compare the farm with the bare device, with S3 as it is and delayed by half a second a PUT."""
-    with tempfile.TemporaryDirectory(prefix="latentfarm-bench-") as folder, LocalFarm(Path(folder), workers=0) as local:
-        worker = subprocess.Popen([sys.executable, "-c", START, folder], cwd=Path(__file__).parents[1])
+    """Compare the farm with the bare device, with S3 as it is and delayed by half a second a request."""
+    with (
+        tempfile.TemporaryDirectory(prefix="latentfarm-bench-") as folder,
+        LocalFarm(Path(folder), workers=0) as local,
+        FaultyS3(local.farm.settings.s3_endpoint or "", delay_s=0.5) as s3,
+    ):
+        environ = os.environ | {
+            "LATENTFARM_ENGINE": "simulated",
+            "LATENTFARM_IMAGE_SECONDS": str(DEVICE_S),
+            "LATENTFARM_S3_ENDPOINT": s3.url,
+            "AWS_ACCESS_KEY_ID": local.farm.settings.s3_access_key or "",
+            "AWS_SECRET_ACCESS_KEY": local.farm.settings.s3_secret_key or "",
+        }
+        worker = subprocess.Popen([sys.executable, "-m", "latentfarm_worker", "--data", folder], env=environ)
         try:
             while not any(status.checkpoints for status in local.farm.workers()):
                 time.sleep(0.2)
-            delay = Path(folder) / "put_s"
 
-            def farm_s(put_s: float) -> float:
-                delay.write_text(str(put_s))
+            def farm_s(*, slow: bool) -> float:
+                s3.mode = "slow" if slow else "ok"
                 return job_s(local, SLEEPING_IMAGES, 512, 1)
 
             found = interleaved(
-                {"bare": bare_device_s, "farm": lambda: farm_s(0.0), "farm, slow S3": lambda: farm_s(0.5)}, PAIRS
+                {
+                    "bare": bare_device_s,
+                    "farm": lambda: farm_s(slow=False),
+                    "farm, slow S3": lambda: farm_s(slow=True),
+                },
+                PAIRS,
             )
         finally:
             worker.terminate()

@@ -13,13 +13,14 @@ from latentfarm.embedded.local import LocalFarm
 from latentfarm_shared.images import content_id
 from latentfarm_shared.infotext import format_infotext
 from latentfarm_shared.ledger import Claim
-from latentfarm_shared.ledger.ledger import queue_name
+from latentfarm_shared.ledger.queues import queue_name
 from latentfarm_shared.records import Lock
 from latentfarm_shared.specs import expand
 from latentfarm_shared.wakeups import make_celery, ring
+from latentfarm_worker.operations import Progress
 from latentfarm_worker.png import encode_png
 from latentfarm_worker.renderer import Renderer
-from latentfarm_worker.renders import Progress, RenderRequest
+from latentfarm_worker.renders import RenderRequest
 
 from bench.png import picture
 from bench.rivals import job
@@ -48,7 +49,7 @@ def measure() -> dict[str, Any]:
         farm = local.farm
         submitted = farm.submit(job(prompt="masterpiece, corneo_dva", count=IMAGES, lane="batch"))
         spec, frozen = submitted.spec, Lock(checkpoint=farm.models.ls()[0], embeddings=tuple(farm.embeddings.ls()))
-        png = encode_png(pixels, "a cat")
+        png = encode_png(pixels.numpy(), "a cat")
         celery = make_celery(farm.settings)
         claims: list[Claim] = []
         queue = queue_name("batch", frozen.checkpoint.hash)
@@ -64,7 +65,7 @@ def measure() -> dict[str, Any]:
             "lay out prompts": lambda n: RenderRequest.build(expand(spec, n), frozen, renderer.checkpoint.tokenizer),
             "infotext": lambda n: format_infotext(expand(spec, n), frozen),
             "content id": lambda n: content_id(expand(spec, n), frozen),
-            "PNG, 512x512": lambda _n: encode_png(pixels, "a cat"),
+            "PNG, 512x512": lambda _n: encode_png(pixels.numpy(), "a cat"),
             "PUT, 450 KB": lambda n: farm.store.put_once(f"bench/{n}", png, "image/png", str(n)),
             "publish (Redis)": lambda n: farm.ledger.succeed(claims[n], "bench"),
             "wake-up (Celery)": lambda n: ring(celery, queue, [str(n)]),

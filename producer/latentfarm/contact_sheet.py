@@ -6,7 +6,8 @@ import io
 from collections.abc import Mapping, Sequence
 from itertools import product
 
-from latentfarm_shared.specs import JobSpec, Value
+from latentfarm_shared.specs import JobSpec
+from latentfarm_shared.sweeps.axes import Value
 from PIL import Image, ImageDraw, ImageFont
 
 MARGIN, LINE, INK, PAPER = 12, 18, (30, 30, 34), (250, 250, 248)
@@ -50,7 +51,7 @@ def axis_sheet(spec: JobSpec, pictures: Mapping[int, bytes]) -> Image.Image:
 
     `pictures` are by index; those that are missing stay blank. Without axes the rows are seeds.
     """
-    columns = [_label(spec.axes[0].field, value) for value in spec.axes[0].values] if spec.axes else [""]
+    columns = [_label(spec.axes[0].field, value) for value in spec.axes[0].items] if spec.axes else [""]
     rows = _row_labels(spec)
     font = ImageFont.load_default(12)
     probe = ImageDraw.Draw(Image.new("RGB", (1, 1)))
@@ -75,7 +76,7 @@ def axis_sheet(spec: JobSpec, pictures: Mapping[int, bytes]) -> Image.Image:
 def _row_labels(spec: JobSpec) -> list[str]:
     """Return a label for every image at one value of the first axis, in order of index."""
     others = spec.axes[1:]
-    points = product(*([_label(axis.field, value) for value in axis.values] for axis in others))
+    points = product(*([_label(axis.field, value) for value in axis.items] for axis in others))
     counted = [_seed_label(spec, number) for number in range(spec.count)] if spec.count > 1 or not others else [""]
     return [", ".join(filter(None, (*point, seed))) for point in points for seed in counted]
 

@@ -10,23 +10,29 @@ from pathlib import Path
 from typing import Any
 
 from latentfarm_shared.embeddings.sandbox import Sandbox
-from latentfarm_shared.errors import Unavailable
+from latentfarm_shared.errors import InvalidField, Unavailable
+from latentfarm_shared.explicit import plain_name
 from latentfarm_shared.intake import Intake
 from latentfarm_shared.ledger import Ledger, WorkerStatus
-from latentfarm_shared.ledger.ledger import queue_name
+from latentfarm_shared.ledger.queues import part_name, queue_name
 from latentfarm_shared.library import EmbeddingLibrary, check_owner, name_key
+from latentfarm_shared.parameters import EmbeddingUse, HiresFix, SamplingOptions, Side
 from latentfarm_shared.prompts.contract import Contract
 from latentfarm_shared.records import CheckpointRecord, EmbeddingRecord, Lock
 from latentfarm_shared.registry import Registry
 from latentfarm_shared.settings import Settings
-from latentfarm_shared.specs import EmbeddingUse, HiresFix, JobSpec, Pack, SamplingOptions, drawn_seeds
+from latentfarm_shared.specs import JobSpec, Pack, drawn_seeds
 from latentfarm_shared.storage import ObjectStore
+from latentfarm_shared.tables import TableStore
 from latentfarm_shared.vocabularies import Vocabularies
 from latentfarm_shared.wakeups import make_celery, ring
 
+from latentfarm.jobfiles import JobFile, read_job_file
 from latentfarm.jobs import Job
 from latentfarm.library import Embeddings, Models
+from latentfarm.planning import Plan, plan, with_variants
 from latentfarm.studies import PREVIEW_PROMPT, Preview, pack_spec, preview, sweep_spec
+from latentfarm.waiting import Cause, causes
 from latentfarm.words import nearest_words
 
 MAX_RANDOM_SEED = 2**32 - 2
@@ -48,6 +54,7 @@ class Farm:
         intake = Intake(self.library, self.registry, self._vocabularies, sandbox, self.owner)
         self.embeddings = Embeddings(self.library, intake, settings)
         self.models = Models(self.registry)
+        self.tables = TableStore(self.store)
         self._celery = make_celery(settings)
         self._contracts: dict[str, tuple[object, Contract]] = {}
 
@@ -107,48 +114,108 @@ class Farm:
     def submit(self, spec: JobSpec, job_id: str | None = None) -> Job:
         """Freeze a spec to a lock, write the job down, ring the workers; return once the job is on disk.
 
-        A job id that exists already is returned as it is, so a submission may be repeated.
+        A job of this id exists already, or one of the same client key: it is returned as it is, so a submission may be
+        repeated.
 
         Raises:
             UsageError, Unavailable: as `generate`.
+            Busy: too much is waiting; says when to try again.
         """
         return self.submit_frozen(*self.freeze(spec), job_id)
 
-    def submit_frozen(self, spec: JobSpec, lock: Lock, job_id: str | None = None) -> Job:
+    def submit_frozen(self, spec: JobSpec, locks: Sequence[Lock], job_id: str | None = None) -> Job:
         """Submit what `freeze` returned.
 
         Raises:
             EmbeddingRefused: a name was removed since.
-            Unavailable: as `generate`.
+            Busy, Unavailable: as `submit`.
         """
-        job = self._send(spec, lock, job_id)
+        job = self._send(spec, locks, job_id)
         self.ledger.acknowledge()
         return job
 
     def submit_all(self, specs: Sequence[JobSpec]) -> list[Job]:
         """Submit several jobs; all are checked and frozen before the first is queued."""
         frozen = [self.freeze(spec) for spec in specs]
-        jobs = [self._send(spec, lock, None) for spec, lock in frozen]
+        jobs = [self._send(spec, locks, None) for spec, locks in frozen]
         self.ledger.acknowledge()
         return jobs
 
-    def freeze(self, spec: JobSpec) -> tuple[JobSpec, Lock]:
-        """Settle seed, prompts and embeddings; return what would be queued.
+    def submit_file(
+        self, path: str | Path, *, anew: bool = False, defaults: Mapping[str, Any] | None = None
+    ) -> list[Job]:
+        """Submit a sweep file (YAML, JSON) or a table (JSONL, CSV); the whole file is checked before anything is queued.
+
+        The same file again resumes: what failed or was canceled is handed out again, what is there is kept. `anew` makes
+        new jobs of it.
+
+        Raises:
+            InvalidRows: what is wrong, and where.
+            UsageError, Busy, Unavailable: as `submit`.
+        """
+        found = self.read_file(path, defaults)
+        keys = [None if anew else f"file:{found.digest}:{number}" for number in range(len(found.specs))]
+        specs = [s if s.key else s.model_copy(update={"key": k}) for s, k in zip(found.specs, keys, strict=True)]
+        frozen = [self.freeze(spec) for spec in specs]
+        jobs = [self._send(spec, locks, None) for spec, locks in frozen]
+        self.ledger.acknowledge()
+        for job in jobs:
+            if job.is_known and job.status().state in ("failed", "canceled", "expired"):
+                job.retry(missing=True)
+        return jobs
+
+    def read_file(self, path: str | Path, defaults: Mapping[str, Any] | None = None) -> JobFile:
+        """Read a sweep file or table; its rows lie in the store afterwards, unused until a job is submitted.
+
+        Raises:
+            InvalidRows, UnreadableFile: what is wrong, and where.
+        """
+        return read_job_file(Path(path), self.tables, dict(defaults or {}), self._side_of)
+
+    def _side_of(self, name: str) -> Side:
+        """Return which prompt an embedding belongs in; one that is not known is refused later."""
+        known = self.library.visible(self.owner).get(plain_name(name).lower())
+        return "negative" if known is not None and known.kind == "Negative" else "positive"
+
+    def plan(self, source: JobSpec | Sequence[JobSpec] | str | Path) -> Plan:
+        """Tell what a job or file would do, without queueing anything: count, embeddings, long prompts, time.
+
+        Raises:
+            UsageError: what is wrong with it, as `submit` would.
+        """
+        if isinstance(source, JobSpec):
+            specs: Sequence[JobSpec] = [source]
+        else:
+            specs = self.read_file(source).specs if isinstance(source, str | Path) else source
+        return plan(self, specs)
+
+    def freeze(self, spec: JobSpec) -> tuple[JobSpec, tuple[Lock, ...]]:
+        """Settle seed, prompts and embeddings; return what would be queued, a lock for every checkpoint it draws on.
 
         Raises:
             UsageError: an embedding that is missing, misspelt or does not fit; an unknown model.
         """
-        checkpoint = self.registry.checkpoint(spec.model)
         if spec.pack is not None:
             self.embeddings.refuse_name(spec.pack.name, allow_word=spec.pack.allow_word)
-        settled = self._contract(checkpoint).settle(spec)
-        final = JobSpec.check(settled.spec.model_dump() | drawn_seeds(spec, secrets.randbelow))
-        used = {
-            "embeddings": settled.embeddings, "dropped": settled.dropped, "owner": self.owner, "frozen_at": time.time(),
-        }  # fmt: skip
-        return final, Lock.model_validate({"checkpoint": checkpoint} | used)
+        data = self.tables.of(spec)
+        spec = with_variants(spec, data)
+        checkpoints = [self.registry.checkpoint(model) for model in spec.models]
+        if len({checkpoint.hash for checkpoint in checkpoints}) < len(checkpoints):
+            raise InvalidField("model", "the axis names one checkpoint twice")
+        settled = [self.contract(checkpoint).settle(spec, data) for checkpoint in checkpoints]
+        if any(found.spec != settled[0].spec for found in settled):
+            raise InvalidField(
+                "model", "the prompts mean different embeddings on these checkpoints; make a job for each"
+            )
+        final = JobSpec.check(settled[0].spec.model_dump() | drawn_seeds(spec, secrets.randbelow))
+        at = time.time()
+        locks = [
+            Lock(checkpoint=c, embeddings=f.embeddings, dropped=f.dropped, owner=self.owner, frozen_at=at)
+            for c, f in zip(checkpoints, settled, strict=True)
+        ]
+        return final, tuple(locks)
 
-    def _contract(self, checkpoint: CheckpointRecord) -> Contract:
+    def contract(self, checkpoint: CheckpointRecord) -> Contract:
         """Return what may be asked of a checkpoint, made anew when names changed."""
         names = self.library.names()
         held = self._contracts.get(checkpoint.hash)
@@ -166,22 +233,25 @@ class Farm:
             self._contracts[checkpoint.hash] = held
         return held[1]
 
-    def _pins(self, lock: Lock) -> list[tuple[str, str]]:
+    def _pins(self, locks: Sequence[Lock]) -> list[tuple[str, str]]:
         """Return the names a job holds on to, with their contents: those it uses, and what aliases among them stand for."""
         names = self.library.names()
         pins: dict[str, str] = {}
-        for record in lock.embeddings:
+        for record in (record for lock in locks for record in lock.embeddings):
             key = name_key(record.owner, record.name)
             pins |= {pin: record.content_id for pin in (key, names[key].alias_of) if pin}
         return list(pins.items())
 
-    def _send(self, spec: JobSpec, lock: Lock, job_id: str | None) -> Job:
-        job_id = job_id or secrets.token_hex(8)
-        self.ledger.submit(job_id, spec, lock, self._pins(lock))
-        queue = queue_name(spec.lane, lock.checkpoint.hash)
-        with suppress(Unavailable):  # the job is written down; a sweeper rings within a second
-            ring(self._celery, queue, self.ledger.ring(queue))
-        return Job(self.ledger, self.store, self._vocabularies, job_id)
+    def _send(self, spec: JobSpec, locks: Sequence[Lock], job_id: str | None) -> Job:
+        done = self.ledger.submit(job_id or secrets.token_hex(8), spec, locks, self._pins(locks))
+        for lock in locks if done.is_new else ():
+            queue = queue_name(spec.lane, part_name(lock.checkpoint.hash, spec.requires))
+            with suppress(Unavailable):  # the job is written down; a sweeper rings within a second
+                ring(self._celery, queue, self.ledger.ring(queue))
+        return self._job(done.job, is_known=not done.is_new)
+
+    def _job(self, job_id: str, *, is_known: bool = False) -> Job:
+        return Job(self.ledger, self.store, self._vocabularies, self.tables, job_id, is_known=is_known)
 
     def pack(
         self, prompt: str, name: str, *, vectors: int = 8, negative: bool = False, steps: int = 600, model: str = "demo",
@@ -223,13 +293,13 @@ class Farm:
             UnknownName: there is none.
         """
         matches = [s.id for s in self.ledger.jobs(limit=1000) if s.id.startswith(job_id)] if len(job_id) < 16 else []
-        job = Job(self.ledger, self.store, self._vocabularies, matches[0] if len(matches) == 1 else job_id)
+        job = self._job(matches[0] if len(matches) == 1 else job_id)
         job.status()
         return job
 
     def jobs(self, limit: int = 50) -> list[Job]:
         """Return the newest jobs first."""
-        return [Job(self.ledger, self.store, self._vocabularies, status.id) for status in self.ledger.jobs(limit)]
+        return [self._job(status.id) for status in self.ledger.jobs(limit)]
 
     def nearest_words(self, record: EmbeddingRecord, count: int = 3) -> dict[str, list[list[str]]]:
         """Return, for each checkpoint it fits whose word vectors lie in the store, each vector's nearest words."""
@@ -241,6 +311,10 @@ class Farm:
                 if near:
                     found[checkpoint.name] = near
         return found
+
+    def why(self, job_id: str) -> list[Cause]:
+        """Return why a job's images wait, each cause with a count; none if nothing does."""
+        return causes(self.ledger, job_id)
 
     def workers(self) -> list[WorkerStatus]:
         """Return the workers that are alive."""

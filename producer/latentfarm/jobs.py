@@ -7,15 +7,19 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from typing import Literal
 
-from latentfarm_shared.errors import FarmError
+from latentfarm_shared.errors import FarmError, InvalidField
+from latentfarm_shared.housekeeping import manifest_key
 from latentfarm_shared.images import image_key
 from latentfarm_shared.infotext import format_infotext
-from latentfarm_shared.ledger import ImageState, JobStatus, Ledger
+from latentfarm_shared.ledger import ImageState, JobEvent, JobStatus, Ledger
 from latentfarm_shared.prompts.mentions import AppliedEmbedding, applied_embeddings
 from latentfarm_shared.records import Lock
-from latentfarm_shared.specs import ImageSpec, JobSpec, Value, expand
+from latentfarm_shared.specs import ImageSpec, JobSpec, expand
 from latentfarm_shared.storage import ObjectStore
+from latentfarm_shared.sweeps.axes import Point
+from latentfarm_shared.tables import TableStore
 from latentfarm_shared.vocabularies import Vocabularies
 
 POLL_S = (0.05, 0.5)
@@ -61,11 +65,12 @@ class FarmImage:
     spec: JobSpec
     lock: Lock
     vocabularies: Vocabularies
+    tables: TableStore
 
     @cached_property
     def image(self) -> ImageSpec:
         """Everything that decides the picture."""
-        return expand(self.spec, self.index)
+        return expand(self.spec, self.index, self.tables.of(self.spec))
 
     @property
     def seed(self) -> int:
@@ -73,9 +78,9 @@ class FarmImage:
         return self.image.seed
 
     @property
-    def point(self) -> dict[str, Value]:
+    def point(self) -> Point:
         """Where it lies on the job's axes."""
-        return self.spec.point(self.index // self.spec.count)
+        return self.image.point
 
     @property
     def key(self) -> str:
@@ -133,7 +138,7 @@ class FarmImage:
             "parameters": self.parameters,
             "embeddings": [applied.row() for applied in self.embeddings],
             **({"dropped": [d.model_dump() for d in self.lock.dropped]} if self.lock.dropped else {}),
-            **({"point": self.point} if self.spec.axes else {}),
+            **({"point": self.point} if self.spec.is_sweep else {}),
             **({"error": self.error} if self.state == "failed" else {}),
         }
 
@@ -141,17 +146,27 @@ class FarmImage:
 class Job:
     """A job on the farm, by its id."""
 
-    def __init__(self, ledger: Ledger, store: ObjectStore, vocabularies: Vocabularies, job_id: str) -> None:
-        """Hold the job; nothing is asked yet."""
-        self.ledger, self.store, self.vocabularies, self.id = ledger, store, vocabularies, job_id
+    def __init__(
+        self,
+        ledger: Ledger,
+        store: ObjectStore,
+        vocabularies: Vocabularies,
+        tables: TableStore,
+        job_id: str,
+        *,
+        is_known: bool = False,
+    ) -> None:
+        """Hold the job; nothing is asked yet. `is_known` says that its submission was repeated."""
+        self.ledger, self.store, self.vocabularies, self.tables, self.id = ledger, store, vocabularies, tables, job_id
+        self.is_known = is_known
 
     def __repr__(self) -> str:
         """Show the id."""
         return f"Job({self.id!r})"
 
     @cached_property
-    def _frozen(self) -> tuple[JobSpec, Lock]:
-        return self.ledger.spec_and_lock(self.id)
+    def _frozen(self) -> tuple[JobSpec, list[Lock]]:
+        return self.ledger.spec(self.id), self.ledger.locks(self.id)
 
     @property
     def spec(self) -> JobSpec:
@@ -160,8 +175,8 @@ class Job:
 
     @property
     def lock(self) -> Lock:
-        """What the job was frozen to."""
-        return self._frozen[1]
+        """What the job was frozen to; of one that draws on several checkpoints, for the first."""
+        return self._frozen[1][0]
 
     def status(self) -> JobStatus:
         """Return where the job stands."""
@@ -198,6 +213,40 @@ class Job:
         """Cancel what is not rendered yet."""
         self.ledger.cancel(self.id)
 
+    def pause(self) -> None:
+        """Hand out no more images; what is in flight goes on."""
+        self.ledger.pause(self.id)
+
+    def resume(self) -> None:
+        """Go on after a pause."""
+        self.ledger.resume(self.id)
+
+    def approve(self) -> None:
+        """Go on behind the images that a person was to see first."""
+        self.ledger.approve(self.id)
+
+    def retry(self, *, missing: bool = False) -> None:
+        """Hand out again what failed; if `missing`, what was canceled or has expired too."""
+        self.ledger.retry(self.id, missing=missing)
+
+    def prioritise(self, priority: int) -> None:
+        """Put the job before (above 0) or behind (below 0) the owner's others."""
+        if not -100 <= priority <= 100:
+            raise InvalidField("priority", f"should be -100 to 100, got {priority}")
+        self.ledger.prioritise(self.id, priority)
+
+    def events(self, after: int = 0, limit: int = 1000) -> list[JobEvent]:
+        """Return what happened since a version of the job's status."""
+        return self.ledger.events(self.id, after, limit)
+
+    def manifest(self, name: Literal["manifest", "failed"] = "manifest") -> bytes:
+        """Return the manifest in JSON lines, or the jobs of the images that failed.
+
+        Raises:
+            MissingObject: it is not written yet; it is, seconds after the job's end.
+        """
+        return self.store.get(manifest_key(self.id, name))
+
     @property
     def images(self) -> list[FarmImage]:
         """All images in order, as they stand now."""
@@ -211,7 +260,12 @@ class Job:
             states = self.ledger.image_states(self.id, first, last)
             for offset, state in enumerate(states):
                 index = first + offset
-                yield FarmImage(self.ledger, self.store, self.id, index, state, self.spec, self.lock, self.vocabularies)
+                yield self._image(index, state)
+
+    def _image(self, index: int, state: ImageState) -> FarmImage:
+        spec, locks = self._frozen
+        lock = locks[spec.layout.part_of(index)]
+        return FarmImage(self.ledger, self.store, self.id, index, state, spec, lock, self.vocabularies, self.tables)
 
     def download(self, folder: str | Path) -> list[Path]:
         """Save every finished image as `<index>-<seed>.png`; return the files."""

@@ -12,7 +12,8 @@ from latentfarm_shared.embeddings.files import EmbeddingFile
 from latentfarm_shared.ledger import JobStatus
 from latentfarm_shared.library import EmbeddingLibrary
 from latentfarm_shared.records import EmbeddingRecord, Lock
-from latentfarm_shared.specs import Axis, JobSpec, Pack
+from latentfarm_shared.specs import JobSpec, Pack
+from latentfarm_shared.sweeps.axes import Axis
 from PIL import Image
 
 from latentfarm.contact_sheet import axis_sheet, contact_sheet
@@ -31,11 +32,11 @@ class Studio(Protocol):
     embeddings: Embeddings
     library: EmbeddingLibrary
 
-    def freeze(self, spec: JobSpec) -> tuple[JobSpec, Lock]:
+    def freeze(self, spec: JobSpec) -> tuple[JobSpec, tuple[Lock, ...]]:
         """Settle a job."""
         ...
 
-    def submit_frozen(self, spec: JobSpec, lock: Lock) -> Job:
+    def submit_frozen(self, spec: JobSpec, locks: Sequence[Lock]) -> Job:
         """Submit a job that is settled."""
         ...
 
@@ -73,11 +74,11 @@ def preview(
     shared = {"prompt": prompt, "model": model, "seed": PREVIEW_SEED, "count": PREVIEW_SEEDS, "lane": "batch"}
     plain = JobSpec.check(shared)
     using = JobSpec.check(shared | {"embeddings": [{"name": name, "side": side}]})
-    spec, lock = farm.freeze(using)
+    spec, (lock,) = farm.freeze(using)
     jobs = [
         *farm.submit_all([plain]),
-        farm.submit_frozen(spec, lock),
-        farm.submit_frozen(spec, _with_zeros(farm, lock)),
+        farm.submit_frozen(spec, [lock]),
+        farm.submit_frozen(spec, [_with_zeros(farm, lock)]),
     ]
     *pictures, zeros = [_pictures(job, timeout_s, watch) for job in jobs]
     effect = float(np.mean([_difference(a, b) for a, b in zip(pictures[1], zeros, strict=True)]))

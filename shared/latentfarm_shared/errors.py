@@ -11,7 +11,8 @@
     │   ├── BadSettings            an environment variable that makes no sense
     │   └── MissingExtra           a part of latentfarm that is not installed
     ├── Unavailable                exit 3: a service does not answer or lets nobody in; a retry may help
-    │   └── NoFarm                 there is no farm at this address or in this folder
+    │   ├── NoFarm                 there is no farm at this address or in this folder
+    │   └── Busy                   the farm has too much waiting to take more now
     └── RenderError                exit 1: one image failed on a worker
         ├── EmbeddingNotInLock     a combined prompt asks for an embedding that its job does not hold
         ├── EmbeddingNotApplied    the proof of application differs from the job's lock
@@ -171,6 +172,17 @@ class NoFarm(Unavailable):
 
     def __str__(self) -> str:
         return f"no farm is running {self.where}; start one with 'latentfarm up', or set LATENTFARM_REDIS_URL"
+
+
+class Busy(Unavailable):
+    """The farm takes no more work right now, because of `reason`; try again after `retry_after_s` seconds."""
+
+    code = "BUSY"
+
+    def __init__(self, reason: str, retry_after_s: int) -> None:
+        Exception.__init__(self, reason, retry_after_s)
+        self.service, self.reason, self.advice = "farm", reason, f"try again in {retry_after_s} s"
+        self.retry_after_s = retry_after_s
 
 
 class RenderError(FarmError):

@@ -6,7 +6,7 @@ import hashlib
 import json
 
 from latentfarm_shared.records import Lock
-from latentfarm_shared.specs import ImageSpec
+from latentfarm_shared.specs import JOB_FIELDS, ImageSpec
 
 
 def image_key(job: str, index: int) -> str:
@@ -16,9 +16,8 @@ def image_key(job: str, index: int) -> str:
 
 def content_id(image: ImageSpec, lock: Lock) -> str:
     """Return the sha256 of everything that decides an image's pixels."""
-    request = image.job.model_dump(
-        exclude={"embeddings", "model", "count", "lane", "seed", "on_missing", "axes", "without", "pack"}
-    )
+    aside = JOB_FIELDS - {"expander"} if image.job.expander == 1 else JOB_FIELDS
+    request = image.job.model_dump(exclude=set(aside))
     embeddings = {e.name.lower(): e.content_id for e in lock.embeddings}
     decides = {"request": request, "seed": image.seed, "checkpoint": lock.checkpoint.hash, "embeddings": embeddings}
     return hashlib.sha256(json.dumps(decides, sort_keys=True, ensure_ascii=False).encode()).hexdigest()

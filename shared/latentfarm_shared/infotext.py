@@ -15,9 +15,10 @@ from typing import Any
 from latentfarm_shared import __version__
 from latentfarm_shared.errors import InvalidField
 from latentfarm_shared.names import TRAITS, effective_schedule
+from latentfarm_shared.parameters import HiresFix, SamplingOptions
 from latentfarm_shared.png import png_texts
 from latentfarm_shared.records import EmbeddingRecord, Lock
-from latentfarm_shared.specs import HiresFix, ImageSpec, JobSpec, SamplingOptions
+from latentfarm_shared.specs import ImageSpec, JobSpec
 
 KEYWORD = "parameters"
 _PAIR = re.compile(r'\s*(\w[\w \-/]{1,60}):\s*(\{[^{}]*\}|"(?:\\.|[^\\"])+"|[^,]*)(?:,|$)')

@@ -7,6 +7,7 @@ alone; whatever the environment leaves open is taken from there.
 
 from __future__ import annotations
 
+import base64
 import json
 import os
 from collections.abc import Mapping
@@ -46,6 +47,31 @@ class FarmFile(BaseModel):
             return None
         except (ValidationError, OSError) as error:
             raise BadSettings("LATENTFARM_DATA", f"{path} cannot be read: {type(error).__name__}") from error
+
+    @property
+    def token(self) -> str:
+        """The same in one word, for `worker --join`."""
+        text = self.model_dump_json(exclude={"pid"})
+        return base64.urlsafe_b64encode(text.encode()).decode().rstrip("=")
+
+    @classmethod
+    def from_token(cls, token: str) -> FarmFile:
+        """Read a token.
+
+        Raises:
+            BadSettings: it is none.
+        """
+        try:
+            raw = base64.urlsafe_b64decode(token.strip() + "=" * (-len(token.strip()) % 4))
+            return cls.model_validate(json.loads(raw) | {"pid": 0})
+        except (ValueError, TypeError) as error:
+            raise BadSettings("LATENTFARM_JOIN", "is no token of 'latentfarm up --listen'; copy it whole") from error
+
+    @property
+    def is_local(self) -> bool:
+        """Whether it is reached without leaving this machine."""
+        hosts = {urlsplit(self.redis_url).hostname, urlsplit(self.s3_endpoint).hostname}
+        return hosts <= {"127.0.0.1", "localhost", "::1"}
 
     def write(self, data: Path) -> None:
         """Replace `farm.json` in a data folder as a whole, readable by the owner alone."""
@@ -89,6 +115,14 @@ class _Environment(BaseModel):
     LATENTFARM_CIVITAI_URL: str = Field("https://civitai.com", pattern=r"^https?://.+")
     LATENTFARM_CIVITAI_TOKEN: str | None = None
     LATENTFARM_ALLOW_PRIVATE_URLS: bool = False
+    LATENTFARM_ENGINE: Literal["torch", "simulated"] = "torch"
+    LATENTFARM_IMAGE_SECONDS: float = Field(1.0, ge=0, le=3600)
+    LATENTFARM_JITTER: float = Field(0.0, ge=0, le=1)
+    LATENTFARM_SIMULATE_S3: bool = True
+    LATENTFARM_LANES: str = Field("interactive,batch", pattern=r"^(interactive|batch|interactive,batch)$")
+    LATENTFARM_TAGS: str = Field("", pattern=r"^[\w.:-]*(,[\w.:-]+)*$")
+    LATENTFARM_STALL_S: float | None = Field(None, gt=0)
+    LATENTFARM_JOIN: str | None = None
     LATENTFARM_GRACE_S: float = Field(20.0, ge=0, le=3600)
     LATENTFARM_LOG_LEVEL: Literal["DEBUG", "INFO", "WARNING", "ERROR"] = "INFO"
     LATENTFARM_LOG_FORMAT: Literal["console", "json"] = "console"
@@ -143,6 +177,13 @@ class Settings(BaseModel):
     civitai_url: str
     civitai_token: str | None = Field(repr=False)
     allow_private_urls: bool
+    engine: Literal["torch", "simulated"]
+    image_seconds: float
+    jitter: float
+    simulate_s3: bool
+    lanes: tuple[Literal["interactive", "batch"], ...]
+    tags: tuple[str, ...]
+    stall_s: float | None
     grace_s: float
     log_level: str
     log_format: str
@@ -168,7 +209,7 @@ class Settings(BaseModel):
         """
         env = _read(environ)
         folder = data_folder(data, env.LATENTFARM_DATA)
-        farm = FarmFile.read(folder)
+        farm = FarmFile.from_token(env.LATENTFARM_JOIN) if env.LATENTFARM_JOIN else FarmFile.read(folder)
         if env.LATENTFARM_REDIS_URL is None and farm is None:
             raise NoFarm(f"in {folder}")
         return cls.model_validate(
@@ -195,6 +236,13 @@ class Settings(BaseModel):
                 "civitai_url": env.LATENTFARM_CIVITAI_URL,
                 "civitai_token": env.LATENTFARM_CIVITAI_TOKEN,
                 "allow_private_urls": env.LATENTFARM_ALLOW_PRIVATE_URLS,
+                "engine": env.LATENTFARM_ENGINE,
+                "image_seconds": env.LATENTFARM_IMAGE_SECONDS,
+                "jitter": env.LATENTFARM_JITTER,
+                "simulate_s3": env.LATENTFARM_SIMULATE_S3,
+                "lanes": tuple(env.LATENTFARM_LANES.split(",")),
+                "tags": tuple(filter(None, env.LATENTFARM_TAGS.split(","))),
+                "stall_s": env.LATENTFARM_STALL_S,
                 "grace_s": env.LATENTFARM_GRACE_S,
                 "log_level": env.LATENTFARM_LOG_LEVEL,
                 "log_format": env.LATENTFARM_LOG_FORMAT,

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable
-from functools import cache
-from typing import Annotated, Any, Literal, Self
+import random
+from collections.abc import Callable, Mapping, Sequence
+from functools import cache, cached_property
+from itertools import pairwise
+from typing import Annotated, Any, Literal, Protocol, Self
 
 from pydantic import (
     AfterValidator,
@@ -22,215 +24,89 @@ from pydantic import (
 
 from latentfarm_shared.errors import InvalidField, UnknownName, nearest
 from latentfarm_shared.explicit import bare, removed, weighed
-from latentfarm_shared.names import (
-    LATENT_UPSCALERS,
-    PLAIN_UPSCALERS,
-    EmphasisMode,
-    resolve_sampler,
-    resolve_schedule,
+from latentfarm_shared.names import EmphasisMode, resolve_sampler, resolve_schedule
+from latentfarm_shared.parameters import (
+    Compat,
+    EmbeddingUse,
+    Fraction,
+    HiresFix,
+    SamplingOptions,
+    printable,
+    short,
+    split_sampler,
 )
+from latentfarm_shared.sweeps.axes import Axis, Point, Value
+from latentfarm_shared.sweeps.dynamic import Node, parse
+from latentfarm_shared.sweeps.orders import Order, OrderName, order_of
+from latentfarm_shared.sweeps.points import Column, Grid
 
 MAX_SEED = 2**32 - 1
 MAX_SPEC_BYTES = 64 * 1024
 MAX_IMAGES = 1_000_000
+SAMPLED = 32
 SETTLED = {"settled": True}  # a spec that was checked when it was submitted
 
 Lane = Literal["interactive", "batch"]
-Side = Literal["positive", "negative"]
 MAX_EDGE = 4096
 Edge = Annotated[int, Field(ge=64, le=2048, multiple_of=8)]
 ResizeEdge = Annotated[int, Field(ge=8, le=2048)]
+Seconds = Annotated[float, Field(gt=0, le=10 * 365 * 86400, allow_inf_nan=False)]
+Need = Annotated[str, Field(pattern=r"^[\w.-]+(:[\w.-]+)?$", max_length=100)]
+Tag = Annotated[str, Field(min_length=1, max_length=100)]
 
 
-class EmbeddingUse(BaseModel):
-    """An embedding asked for by name, and the prompt it belongs in; None leaves that to its kind."""
+class NoData:
+    """No rows and no wildcards."""
+
+    def row(self, number: int) -> Point:
+        """Have none."""
+        raise IndexError(number)
+
+    def wildcard(self, name: str) -> list[str]:
+        """Have none."""
+        raise KeyError(name)
+
+
+class Data(Protocol):
+    """The rows and wildcard files that a job was frozen to."""
+
+    def row(self, number: int) -> Point:
+        """Return a row, the fields it sets."""
+        ...
+
+    def wildcard(self, name: str) -> Sequence[str]:
+        """Return the lines of a wildcard. Raises KeyError."""
+        ...
+
+
+NO_DATA = NoData()
+
+
+class Rows(BaseModel):
+    """A table of `total` rows, each the fields of one image, frozen in the store; `index` is the sha256 of its index.
+
+    `chunk` rows lie in one object.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    name: str = Field("rows", max_length=300)
+    total: int = Field(ge=1, le=MAX_IMAGES)
+    chunk: int = Field(ge=1, le=100_000)
+    index: str = Field(pattern=r"^[0-9a-f]{64}$")
+
+
+class Wildcard(BaseModel):
+    """A wildcard file, `__name__` in prompts, frozen in the store by its sha256."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     name: str = Field(min_length=1, max_length=200)
-    side: Side | None = None
-
-    @classmethod
-    def parse(cls, text: str) -> Self:
-        """Read `NAME`, `NAME:neg` or `NAME:pos`; NAME may be `NAME@version`."""
-        name, colon, side = text.rpartition(":")
-        sides: dict[str, Side | None] = {
-            "neg": "negative", "negative": "negative", "pos": "positive", "positive": "positive", "": None,
-        }  # fmt: skip
-        if not colon:
-            name, side = text, ""
-        if (colon and not side) or side not in sides or not 1 <= len(name.strip()) <= 200:
-            raise InvalidField("embeddings", f"{_short(text)} should be NAME, NAME:pos or NAME:neg")
-        return cls(name=name.strip(), side=sides[side])
-
-
-Compat = Literal["old_prompt_timelines", "break_as_word", "leave_vectors_behind", "ignore_extra_networks"]
-Fraction = Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)]
-Level = Annotated[float, Field(ge=0, le=1e5, allow_inf_nan=False)]
-
-
-class SamplingOptions(BaseModel):
-    """A1111's settings of samplers, schedules and guidance; the defaults are A1111's, 0 leaves a bound open.
-
-    `eta` is None for a sampler's own default. Names of the A1111 settings are in docs/parameters.md.
-    """
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-    eta: float | None = Field(None, ge=0, le=10, allow_inf_nan=False)
-    s_churn: Level = 0.0
-    s_tmin: Level = 0.0
-    s_tmax: Level = 0.0
-    s_noise: float = Field(1.0, ge=0, le=10, allow_inf_nan=False)
-    sigma_min: Level = 0.0
-    sigma_max: Level = 0.0
-    rho: float = Field(0.0, ge=0, le=100, allow_inf_nan=False)
-    beta_alpha: float = Field(0.6, gt=0, le=10, allow_inf_nan=False)
-    beta_beta: float = Field(0.6, gt=0, le=10, allow_inf_nan=False)
-    discard_penultimate: bool = False
-    old_karras_range: bool = False
-    sgm_noise_multiplier: bool = False
-    round_timesteps: bool = False
-    zero_terminal_snr: bool = False
-    downcast_alphas: bool = False
-    uni_pc_variant: Literal["bh1", "bh2"] = "bh1"
-    uni_pc_skip_type: Literal["time_uniform", "time_quadratic", "logSNR"] = "time_uniform"
-    uni_pc_order: int = Field(3, ge=1, le=10)
-    uni_pc_lower_order_final: bool = True
-    ngms: Level = 0.0
-    ngms_all_steps: bool = False
-    skip_early_cfg: Fraction = 0.0
-    pad_conds: Literal["no", "empty", "v0"] = "no"
-    cfg_rescale: Fraction = 0.0
-
-    @model_validator(mode="after")
-    def _range_descends(self) -> Self:
-        if self.sigma_min and self.sigma_max and self.sigma_min >= self.sigma_max:
-            raise ValueError("sigma_min should be below sigma_max")
-        return self
-
-
-class HiresFix(BaseModel):
-    """A second pass at a larger size, as A1111's hires fix.
-
-    The size is `scale` times the first, or `width` x `height` where given (one of them keeps the proportions). `steps` 0
-    means as many as the first pass; sampler, schedule and prompts are the first pass's unless given.
-    """
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-    scale: float = Field(2.0, ge=1, le=8, allow_inf_nan=False)
-    width: int = Field(0, ge=0, le=4096, multiple_of=8)
-    height: int = Field(0, ge=0, le=4096, multiple_of=8)
-    upscaler: str = Field("Latent", min_length=1, max_length=200)
-    steps: int = Field(0, ge=0, le=150)
-    denoising_strength: Fraction = 0.7
-    sampler: str | None = None
-    schedule: str | None = None
-    prompt: str = Field("", max_length=20_000)
-    negative_prompt: str = Field("", max_length=20_000)
-
-    @model_validator(mode="before")
-    @classmethod
-    def _split_legacy_sampler(cls, values: Any) -> Any:
-        return _split_sampler(values, None)
-
-    @field_validator("denoising_strength")
-    @classmethod
-    def _not_too_little(cls, value: float) -> float:
-        """Refuse a strength whose schedule would be endless: a pass of n steps walks the end of n / strength."""
-        if 0 < value < 0.01:
-            raise ValueError("should be 0, or 0.01 to 1")
-        return value
-
-    @field_validator("width", "height")
-    @classmethod
-    def _large_enough(cls, value: int) -> int:
-        if 0 < value < 64:
-            raise ValueError("should be 0, or 64 at least")
-        return value
-
-    @field_validator("schedule")
-    @classmethod
-    def _known_schedule(cls, value: str | None) -> str | None:
-        return None if value is None else resolve_schedule(value)
-
-    @field_validator("upscaler")
-    @classmethod
-    def _known_upscaler(cls, value: str) -> str:
-        known = {name.lower(): name for name in (*LATENT_UPSCALERS, *PLAIN_UPSCALERS)}
-        return known.get(value.strip().lower(), value.strip())
-
-    @field_validator("prompt", "negative_prompt")
-    @classmethod
-    def _printable(cls, value: str) -> str:
-        return _printable(value)
-
-    def target(self, width: int, height: int) -> tuple[int, int]:
-        """Return the size in pixels that the first pass is enlarged to cover, before anything is cropped."""
-        if not (self.width or self.height):
-            return int(width * self.scale), int(height * self.scale)
-        if not self.height or (self.width and self.width * height >= self.height * width):
-            return self.width, self.width * height // width
-        return self.height * width // height, self.height
-
-    def crop(self, width: int, height: int) -> tuple[int, int]:
-        """Return by how many latent columns and rows the enlarged first pass exceeds the size asked for."""
-        if not (self.width and self.height):
-            return 0, 0
-        wide, high = self.target(width, height)
-        return (wide - self.width) // 8, (high - self.height) // 8
-
-
-def _split_sampler(values: Any, default_schedule: str | None) -> Any:
-    """Resolve a sampler's name; a legacy suffix (`DPM++ 2M Karras`) becomes the schedule unless one is given."""
-    if not isinstance(values, dict) or not isinstance(values.get("sampler"), str):
-        return values
-    sampler, schedule = resolve_sampler(values["sampler"])
-    if schedule and values.get("schedule", default_schedule) in (None, "Automatic"):
-        values = values | {"schedule": schedule}
-    return values | {"sampler": sampler}
-
-
-def _printable(value: str) -> str:
-    if "\0" in value:
-        raise ValueError("must not hold a null character")
-    return value
-
-
-Value = int | float | str
-
-
-class Axis(BaseModel):
-    """One axis of a sweep: `field` takes each of `values` in turn.
-
-    `field` is a field of the job (one of SWEPT), `replace:TEXT`, which puts the values in place of a text in the prompts
-    (A1111's Prompt S/R), or `strength:NAME`, which weighs an embedding as `(NAME:value)` does.
-    """
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-    field: str = Field(min_length=1, max_length=300)
-    values: tuple[Value, ...] = Field(min_length=1, max_length=10_000)
-
-    @property
-    def is_text(self) -> bool:
-        """Whether it changes what the prompts say."""
-        return self.field in ("prompt", "negative_prompt") or self.kind in ("replace", "strength")
-
-    @property
-    def kind(self) -> str:
-        """What stands before the colon, if anything."""
-        return self.field.partition(":")[0] if ":" in self.field else ""
-
-    @property
-    def subject(self) -> str:
-        """What stands behind the colon: a text or a name."""
-        return self.field.partition(":")[2]
+    sha256: str = Field(pattern=r"^[0-9a-f]{64}$")
 
 
 SWEPT = (
-    "prompt", "negative_prompt", "sampler", "schedule", "steps", "cfg_scale", "seed", "clip_skip", "width",
+    "model", "prompt", "negative_prompt", "sampler", "schedule", "steps", "cfg_scale", "seed", "clip_skip", "width",
     "height", "rng", "emphasis", "variation_strength", "variation_seed", "ensd",
 )  # fmt: skip
 
@@ -260,7 +136,8 @@ class JobSpec(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    expander: Literal[1] = 1
+    expander: Literal[1, 2] = 2
+    name: str = Field("", max_length=200)
     prompt: str = Field("", max_length=20_000)
     negative_prompt: str = Field("", max_length=20_000)
     embeddings: tuple[EmbeddingUse, ...] = ()
@@ -286,48 +163,165 @@ class JobSpec(BaseModel):
     count: int = Field(1, ge=1, le=1_000_000)
     lane: Lane = "interactive"
     on_missing: Literal["fail", "warn", "drop"] = "fail"
-    axes: tuple[Axis, ...] = Field((), max_length=8)
+    axes: tuple[Axis, ...] = Field((), max_length=16)
+    zipped: tuple[Axis, ...] = Field((), max_length=16)
+    include: tuple[Point, ...] = Field((), max_length=1000)
+    exclude: tuple[Point, ...] = Field((), max_length=64)
+    rows: Rows | None = None
+    dynamic: Literal["off", "random", "all"] = "off"
+    dynamic_seed: int = Field(0, ge=0, le=MAX_SEED)
+    variants: int = Field(1, ge=1, le=MAX_IMAGES)
+    wildcards: tuple[Wildcard, ...] = Field((), max_length=200)
+    order: OrderName = "sequential"
+    approve_after: int | None = Field(None, ge=1)
+    reuse: bool = True
+    priority: int = Field(0, ge=-100, le=100)
+    expires_in: Seconds | None = None
+    max_runtime: Seconds | None = None
+    keep: Seconds | None = None
+    key: str | None = Field(None, min_length=1, max_length=300)
+    tags: tuple[Tag, ...] = Field((), max_length=50)
+    metadata: dict[str, str] = Field({}, max_length=50)
+    requires: tuple[Need, ...] = Field((), max_length=20)
     without: tuple[str, ...] = ()
     pack: Pack | None = None
 
+    def model_copy(self, *, update: Mapping[str, Any] | None = None, deep: bool = False) -> Self:
+        """Return a changed copy; what was worked out of the old values is worked out anew."""
+        copy = super().model_copy(update=update, deep=deep)
+        for name in ("grid", "layout", "swept", "total"):
+            copy.__dict__.pop(name, None)
+        return copy
+
+    # ---- which images there are
+
+    @cached_property
+    def grid(self) -> Grid:
+        """The points of the axes, by number."""
+        columns = [Column((axis,)) for axis in self.axes]
+        if self.zipped:
+            columns.append(Column(self.zipped))
+        columns.sort(key=lambda column: "model" not in column.fields)  # images of one checkpoint stand together
+        return Grid(tuple(columns), self.exclude, self.include)
+
+    @cached_property
+    def swept(self) -> tuple[Axis, ...]:
+        """Every axis, zipped or not."""
+        return (*self.axes, *self.zipped)
+
     @property
+    def is_sweep(self) -> bool:
+        """Whether images differ in more than their seeds."""
+        return bool(self.swept or self.rows or self.include or self.dynamic != "off")
+
+    @cached_property
     def total(self) -> int:
-        """How many images the job has: `count` at every point of its axes."""
-        return self.count * math.prod(len(axis.values) for axis in self.axes)
+        """How many images the job has: rows times points of the grid times variants of its prompts times `count`."""
+        rows = self.rows.total if self.rows else 1
+        return rows * self.grid.total * self.variants * self.count
 
     @property
     def text_variants(self) -> int:
-        """How many different prompts the axes make."""
-        return math.prod(len(axis.values) for axis in self.axes if axis.is_text)
+        """How many different prompts the axes make, and the templates; rows are checked one by one."""
+        made = math.prod(len(axis.items) for axis in self.axes if axis.is_text)
+        zipped = len(self.zipped[0].items) if any(axis.is_text for axis in self.zipped) else 1
+        return made * zipped * (MAX_IMAGES if self.dynamic == "random" else self.variants)
 
-    def point(self, number: int) -> dict[str, Value]:
-        """Return the values of every axis at a point, the last axis counting fastest."""
-        values: dict[str, Value] = {}
-        for axis in reversed(self.axes):
-            number, place = divmod(number, len(axis.values))
-            values[axis.field] = axis.values[place]
-        return {axis.field: values[axis.field] for axis in self.axes}
+    @property
+    def models(self) -> tuple[str, ...]:
+        """The checkpoints the job draws on, in the order of its images."""
+        axis = next((axis for axis in self.swept if axis.field == "model"), None)
+        return tuple(dict.fromkeys(map(str, axis.items))) if axis else (self.model,)
 
-    def requested_at(self, values: dict[str, Value]) -> Self:
-        """Return the job of one point as it was asked for: its values and replaced texts, explicit requests as they are."""
-        if not self.axes:
+    @cached_property
+    def layout(self) -> Layout:
+        """Where images stand in the order they are handed out."""
+        return Layout.of(self)
+
+    def place(self, index: int) -> tuple[int, int, int, int]:
+        """Return the row, the number of the point, the variant and the place among `count` of an image."""
+        index, among = divmod(index, self.count)
+        index, variant = divmod(index, self.variants)
+        row, number = divmod(index, self.grid.total)
+        return row, number, variant, among
+
+    def point_of(self, index: int, data: Data = NO_DATA) -> Point:
+        """Return the values that an image's row and point set."""
+        row, number, _, _ = self.place(index)
+        values = data.row(row) if self.rows else {}
+        return values | self.grid.at(number)
+
+    def requested_at(self, values: Point, texts: Mapping[str, str] | None = None) -> Self:
+        """Return the job of one point as it was asked for: its values and replaced texts, explicit requests as they are.
+
+        `texts` are what its templates came to.
+        """
+        if not self.is_sweep:
             return self
         plain = {field: value for field, value in values.items() if ":" not in field}
-        job = self.model_validate(self.model_dump() | {"axes": ()} | plain)
-        for axis in self.axes:
+        job = self.model_validate(self.model_dump() | _PLAIN | plain, context=SETTLED)
+        for axis in self.swept:
             if axis.kind == "replace" and axis.field in values:
                 value = str(values[axis.field])
                 job = job.with_prompts({field: text.replace(axis.subject, value) for field, text in job.prompts})
-        return job
+        return job.with_prompts(dict(texts)) if texts else job
 
-    def at(self, values: dict[str, Value]) -> Self:
+    def at(self, values: Point, texts: Mapping[str, str] | None = None) -> Self:
         """Return the job of one point as it is drawn: bare names in place of requests, weighed as its axes say."""
-        job = self.requested_at(values).drawn()
-        for axis in self.axes:
+        job = self.requested_at(values, texts).drawn()
+        for axis in self.swept:
             if axis.kind == "strength" and axis.field in values:
                 weight = float(values[axis.field])
                 job = job.with_prompts({field: weighed(text, axis.subject, weight) for field, text in job.prompts})
         return job
+
+    def templates(self, values: Point, data: Data = NO_DATA) -> dict[str, Node]:
+        """Return the parsed templates of the prompts at a point; none if prompts are no templates.
+
+        Raises:
+            InvalidField: a template cannot be read, or names a wildcard that is not there.
+        """
+        if self.dynamic == "off":
+            return {}
+        found = {}
+        for field, text in self.requested_at(values).prompts:
+            try:
+                found[field] = parse(text, data.wildcard)
+            except KeyError as error:
+                known = [wildcard.name for wildcard in self.wildcards]
+                raise InvalidField(field, str(UnknownName.among("wildcard", str(error.args[0]), known))) from error
+            except (ValueError, RecursionError) as error:
+                raise InvalidField(field, f"{error}") from error
+        return found
+
+    @property
+    def seed_of_order(self) -> int:
+        """What a random order is drawn from."""
+        return self.dynamic_seed
+
+    # ---- what they cost
+
+    @property
+    def pixel_steps(self) -> int:
+        """What one image costs a device, pixels times steps, of both passes."""
+        cost = self.width * self.height * self.steps
+        if self.hires is not None:
+            wide, high = self.hires.target(self.width, self.height)
+            cost += wide * high * (self.hires.steps or self.steps)
+        return cost
+
+    @property
+    def mean_cost(self) -> float:
+        """What an image of the job costs on the mean, estimated from images spread over its grid."""
+        if not self.swept and not self.include:
+            return float(self.pixel_steps)
+        total = self.grid.total
+        numbers = [i * total // min(total, SAMPLED) for i in range(min(total, SAMPLED))]
+        costs = []
+        for number in numbers:
+            values = {k: v for k, v in self.grid.at(number).items() if k in ("width", "height", "steps")}
+            costs.append(self.model_copy(update=values).pixel_steps)
+        return sum(costs) / len(costs)
 
     def drawn(self) -> Self:
         """Return the job with bare names in place of explicit requests, and without the words it does without."""
@@ -339,7 +333,7 @@ class JobSpec(BaseModel):
     @model_validator(mode="before")
     @classmethod
     def _split_legacy_sampler(cls, values: Any) -> Any:
-        return _split_sampler(values, "Automatic")
+        return split_sampler(values, "Automatic")
 
     @field_validator("schedule")
     @classmethod
@@ -349,7 +343,7 @@ class JobSpec(BaseModel):
     @field_validator("prompt", "negative_prompt")
     @classmethod
     def _printable(cls, value: str) -> str:
-        return _printable(value)
+        return printable(value)
 
     @model_validator(mode="after")
     def _last_seed_fits(self) -> Self:
@@ -365,45 +359,31 @@ class JobSpec(BaseModel):
         return self
 
     @model_validator(mode="after")
-    def _axes_make_jobs(self, info: ValidationInfo) -> Self:
-        if not self.axes or info.context == SETTLED:
+    def _sweep_makes_images(self, info: ValidationInfo) -> Self:
+        if info.context == SETTLED or not (self.is_sweep or self.exclude):
             return self
-        fields = [axis.field for axis in self.axes]
-        if len(set(fields)) < len(fields):
-            raise ValueError("an axis stands twice")
-        if not 1 <= self.total <= MAX_IMAGES:
-            raise ValueError(f"the axes make {self.total} images; {MAX_IMAGES} are possible")
-        for axis in self.axes:
-            self._check_axis(axis)
-        self._check_corners()
+        check_sweep(self)
         return self
 
-    def _check_axis(self, axis: Axis) -> None:
-        if axis.kind not in ("replace", "strength") and axis.field not in SWEPT:
-            raise ValueError(f"{axis.field!r} is no axis; there are {', '.join(SWEPT)}, replace:TEXT, strength:NAME")
-        if axis.kind == "replace" and not any(axis.subject in text for text in self._texts()):
-            raise ValueError(f"{axis.subject!r} stands in none of the prompts")
-        for value in axis.values:
-            if axis.kind == "strength" and (isinstance(value, str) or not -10 <= value <= 10):
-                raise ValueError(f"{axis.field}: {value!r} should be a number from -10 to 10")
-            if not axis.kind:
-                _check_field(axis.field, value)
+    @field_validator("requires")
+    @classmethod
+    def _memory_is_a_number(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+        for need in value:
+            if need.startswith("memory:") and not need.removeprefix("memory:").replace(".", "", 1).isdecimal():
+                raise ValueError(f"{need!r} should be like memory:16, in GiB")
+        return value
 
-    def _texts(self) -> list[str]:
-        """Return every text the prompts can be, before anything is replaced."""
-        swept = [str(value) for axis in self.axes if axis.field.endswith("prompt") for value in axis.values]
-        return [*swept, *(text for _, text in self.prompts)]
+    @field_validator("axes")
+    @classmethod
+    def _models_first(cls, value: tuple[Axis, ...]) -> tuple[Axis, ...]:
+        return tuple(sorted(value, key=lambda axis: axis.field != "model"))
 
-    def _check_corners(self) -> None:
-        """Make sure that the largest and the smallest values go together."""
-        plain = [axis for axis in self.axes if not axis.kind and not isinstance(axis.values[0], str)]
-        for extreme in (min, max):
-            corner = {axis.field: extreme(axis.values, key=float) for axis in plain}
-            try:
-                type(self).model_validate(self.model_dump() | {"axes": ()} | corner)
-            except ValidationError as error:
-                where = ", ".join(f"{field} {value}" for field, value in corner.items())
-                raise ValueError(f"at {where}: {error.errors()[0]['msg'].removeprefix('Value error, ')}") from error
+    @field_validator("key", "name")
+    @classmethod
+    def _one_line(cls, value: str | None) -> str | None:
+        if value is not None and not value.isprintable():
+            raise ValueError("should be one line of printable characters")
+        return value
 
     @model_validator(mode="after")
     def _hires_fits(self) -> Self:
@@ -451,7 +431,7 @@ class JobSpec(BaseModel):
             first = error.errors()[0]
             field = ".".join(str(part) for part in first["loc"]) or "spec"
             message = first["msg"].removeprefix("Value error, ").replace("Input should be", "should be")
-            given = f", got {_short(first['input'])}" if first["loc"] else ""
+            given = f", got {short(first['input'])}" if first["loc"] else ""
             raise InvalidField(field, message + given, line) from error
         if len(spec.encode().encode()) > MAX_SPEC_BYTES:
             raise InvalidField("prompt", f"the job is larger than {MAX_SPEC_BYTES} bytes", line)
@@ -467,6 +447,166 @@ class JobSpec(BaseModel):
         return cls.model_validate_json(text, context=SETTLED)
 
 
+_PLAIN: dict[str, Any] = {
+    "axes": (), "zipped": (), "include": (), "exclude": (), "rows": None, "dynamic": "off", "variants": 1,
+    "wildcards": (), "order": "sequential", "approve_after": None,
+}  # fmt: skip
+JOB_FIELDS = frozenset(_PLAIN) | {
+    "embeddings", "model", "count", "lane", "seed", "on_missing", "without", "pack", "expander", "name", "dynamic_seed",
+    "reuse", "priority", "expires_in", "max_runtime", "keep", "key", "tags", "metadata", "requires",
+}  # fmt: skip
+"""Fields that decide no pixels: they say which images there are and how they are handled."""
+
+
+class Layout:
+    """Where a job's images stand in the order they are handed out: a part for every checkpoint, ordered in itself."""
+
+    def __init__(self, parts: Sequence[tuple[int, int]], orders: Sequence[Order]) -> None:
+        self.parts, self._orders = tuple(parts), tuple(orders)
+
+    @classmethod
+    def of(cls, spec: JobSpec) -> Layout:
+        """Return the layout of a job."""
+        grid, inner = spec.grid, [spec.variants, spec.count]
+        rows = spec.rows.total if spec.rows else 1
+        if len(spec.models) == 1:
+            shape = [rows, *([len(c) for c in grid.columns] if _is_full(grid) else [grid.total]), *inner]
+            return cls([(0, spec.total)], [order_of(spec.order, shape, spec.seed_of_order)])
+        parts, orders, start = [], [], 0
+        column, sums = grid.columns[0], grid.first_rows()
+        for name in spec.models:
+            last = max(row for row in range(len(column)) if str(column.at(row)["model"]) == name)
+            stop = sums[last] * spec.variants * spec.count
+            later = [len(c) for c in grid.columns[1:]] if _is_full(grid) else []
+            size = math.prod([*later, *inner])
+            orders.append(order_of(spec.order, [(stop - start) // size, *later, *inner], spec.seed_of_order))
+            parts.append((start, stop))
+            start = stop
+        return cls(parts, orders)
+
+    def index_at(self, position: int) -> int:
+        """Return which image is handed out at a position."""
+        (start, _), order = self._part(position)
+        return start + order.at(position - start)
+
+    def position_of(self, index: int) -> int:
+        """Return when an image is handed out."""
+        (start, _), order = self._part(index)
+        return start + order.of(index - start)
+
+    def part_of(self, index: int) -> int:
+        """Return which of the job's checkpoints an image is drawn with."""
+        return next(number for number, (_, stop) in enumerate(self.parts) if index < stop)
+
+    def _part(self, place: int) -> tuple[tuple[int, int], Order]:
+        if len(self.parts) == 1:
+            return self.parts[0], self._orders[0]
+        number = self.part_of(place)
+        return self.parts[number], self._orders[number]
+
+
+def _is_full(grid: Grid) -> bool:
+    return not grid.exclude and not grid.include
+
+
+def check_sweep(spec: JobSpec) -> None:
+    """Make sure that a sweep's axes, points and order go together.
+
+    Raises:
+        ValueError: says which does not.
+    """
+    fields = [axis.field for axis in spec.swept]
+    twice = next((field for field in fields if fields.count(field) > 1), None)
+    if twice is not None:
+        raise ValueError(f"axis {twice!r} stands twice")
+    if len({len(axis.items) for axis in spec.zipped}) > 1:
+        lengths = ", ".join(f"{axis.field} {len(axis.items)}" for axis in spec.zipped)
+        raise ValueError(f"zipped axes should be of one length, but there are {lengths}")
+    for axis in spec.swept:
+        _check_axis(spec, axis)
+    _check_points(spec, fields)
+    if not 1 <= spec.total <= MAX_IMAGES:
+        raise ValueError(f"the axes make {spec.total} images; 1 to {MAX_IMAGES} are possible")
+    if spec.order == "corners-first" and not _is_full(spec.grid):
+        raise ValueError("the order corners-first needs a full grid, without include and exclude")
+    _check_models(spec)
+    _check_dynamic(spec)
+    _check_corners(spec)
+
+
+def _check_axis(spec: JobSpec, axis: Axis) -> None:
+    if axis.kind not in ("replace", "strength") and axis.field not in SWEPT:
+        near = nearest(axis.field, SWEPT, 1)
+        hint = f"did you mean {near[0]}? " if near else ""
+        raise ValueError(f"{axis.field!r} is no axis; {hint}there are {', '.join(SWEPT)}, replace:TEXT, strength:NAME")
+    if axis.kind == "replace" and not spec.rows and not any(axis.subject in text for text in _texts(spec)):
+        raise ValueError(f"{axis.subject!r} stands in none of the prompts")
+    for value in _ends(axis):
+        if axis.kind == "strength" and (isinstance(value, str) or not -10 <= value <= 10):
+            raise ValueError(f"{axis.field}: {value!r} should be a number from -10 to 10")
+        if not axis.kind:
+            check_value(axis.field, value)
+
+
+def _texts(spec: JobSpec) -> list[str]:
+    """Return every text the prompts can be, before anything is replaced."""
+    swept = [str(value) for axis in spec.swept if axis.field.endswith("prompt") for value in axis.items]
+    more = [str(v) for point in spec.include for field, v in point.items() if field.endswith("prompt")]
+    return [*swept, *more, *(text for _, text in spec.prompts)]
+
+
+def _check_points(spec: JobSpec, fields: list[str]) -> None:
+    for point in spec.exclude:
+        strange = next((field for field in point if field not in fields), None)
+        if strange is not None or not point:
+            raise ValueError(f"exclude names {strange!r}, which is no axis" if point else "an exclude names nothing")
+        for axis in spec.swept:
+            if axis.field in point and point[axis.field] not in axis.items:
+                raise ValueError(f"exclude: {axis.field} never is {point[axis.field]!r}")
+    for point in spec.include:
+        for field, value in point.items():
+            if field in ("model", "rows") or (field not in SWEPT and field not in fields):
+                raise ValueError(f"include cannot set {field!r}; it can {', '.join(SWEPT[1:])}")
+            if ":" not in field:
+                check_value(field, value)
+
+
+def _check_models(spec: JobSpec) -> None:
+    if len(spec.models) > 1 and (spec.include or spec.rows):
+        raise ValueError(
+            "an axis of models goes with neither include nor rows; list the models in zip, or make two jobs"
+        )
+    if len(spec.models) > 1 and spec.zipped and "model" in [axis.field for axis in spec.zipped]:
+        models = next(axis.items for axis in spec.zipped if axis.field == "model")
+        if any(a != b and a in models[i + 2 :] for i, (a, b) in enumerate(pairwise(models))):
+            raise ValueError("zipped models should stand together: all of one, then all of the next")
+
+
+def _check_dynamic(spec: JobSpec) -> None:
+    swept = spec.rows or any(axis.field.endswith("prompt") for axis in spec.swept)
+    if spec.dynamic == "all" and (swept or any("prompt" in field for p in spec.include for field in p)):
+        raise ValueError(
+            "dynamic 'all' needs prompts that neither axes nor rows change; use 'random', or a replace axis"
+        )
+
+
+def _ends(axis: Axis) -> Sequence[Value]:
+    """Return the values among which the least and the greatest are."""
+    return axis.values if isinstance(axis.values, tuple) else (axis.items[0], axis.items[-1])
+
+
+def _check_corners(spec: JobSpec) -> None:
+    """Make sure that the largest and the smallest values go together."""
+    plain = [axis for axis in spec.swept if not axis.kind and not isinstance(axis.items[0], str)]
+    for extreme in (min, max):
+        corner = {axis.field: extreme(_ends(axis), key=float) for axis in plain}
+        try:
+            type(spec).model_validate(spec.model_dump() | _PLAIN | corner)
+        except ValidationError as error:
+            where = ", ".join(f"{field} {value}" for field, value in corner.items())
+            raise ValueError(f"at {where}: {error.errors()[0]['msg'].removeprefix('Value error, ')}") from error
+
+
 @cache
 def _field_check(field: str) -> TypeAdapter[Any]:
     """Return what checks one field's value, without the rest of a job."""
@@ -477,7 +617,7 @@ def _field_check(field: str) -> TypeAdapter[Any]:
     return TypeAdapter(Annotated[info.annotation, *info.metadata])  # type: ignore[arg-type]
 
 
-def _check_field(field: str, value: Value) -> None:
+def check_value(field: str, value: Value) -> None:
     """Check one value of an axis.
 
     Raises:
@@ -486,11 +626,14 @@ def _check_field(field: str, value: Value) -> None:
     try:
         _field_check(field).validate_python(value)
     except ValidationError as error:
-        raise ValueError(f"{field}: {error.errors()[0]['msg'].lower()}, got {_short(value)}") from error
+        raise ValueError(f"{field}: {error.errors()[0]['msg'].lower()}, got {short(value)}") from error
 
 
 class ImageSpec(BaseModel):
-    """Image `index` of a job: a pure function of (spec, index). `point` is where it lies on the job's axes, if it has any."""
+    """Image `index` of a job: a pure function of (spec, index). `point` is where it lies on the job's axes, if it has any.
+
+    `varies` says whether the job's images differ in more than their seeds.
+    """
 
     model_config = ConfigDict(frozen=True)
 
@@ -498,7 +641,8 @@ class ImageSpec(BaseModel):
     seed: int
     variation_seed: int = 0
     job: JobSpec
-    point: dict[str, Value] = {}
+    point: Point = {}
+    varies: bool = False
 
 
 def drawn_seeds(spec: JobSpec, draw: Callable[[int], int]) -> dict[str, Any]:
@@ -507,35 +651,56 @@ def drawn_seeds(spec: JobSpec, draw: Callable[[int], int]) -> dict[str, Any]:
     def settled(seed: Value) -> Value:
         return draw(MAX_SEED - spec.count) if seed == -1 else seed
 
-    swept = {axis.field: axis.values for axis in spec.axes}
+    swept = {axis.field: axis.items for axis in spec.swept}
     varies = spec.variation_strength or any(swept.get("variation_strength", ()))
     fields: dict[str, Any] = {"seed": settled(spec.seed)}
     if varies:
         fields["variation_seed"] = settled(spec.variation_seed)
-    if {"seed", "variation_seed"} & swept.keys():
-        fields["axes"] = [
-            axis.model_dump()
-            | {"values": [settled(v) for v in axis.values] if axis.field.endswith("seed") else axis.values}
-            for axis in spec.axes
-        ]
+    for name, axes in (("axes", spec.axes), ("zipped", spec.zipped)):
+        if any(axis.field.endswith("seed") and -1 in axis.items for axis in axes):
+            fields[name] = [
+                axis.model_dump()
+                | ({"values": [settled(v) for v in axis.items]} if axis.field.endswith("seed") else {})
+                for axis in axes
+            ]
+    if (spec.dynamic == "random" or spec.order == "random") and not spec.dynamic_seed:
+        fields["dynamic_seed"] = draw(MAX_SEED)
     return fields
 
 
-def expand(spec: JobSpec, index: int) -> ImageSpec:
-    """Return image `index` of a job whose seed is settled.
+def expand(spec: JobSpec, index: int, data: Data = NO_DATA) -> ImageSpec:
+    """Return image `index` of a job whose seed is settled; `data` holds the rows and wildcards it was frozen to.
 
     Raises:
         IndexError: the job has no such image.
     """
     if not 0 <= index < spec.total:
         raise IndexError(index)
-    number, index_of_seed = divmod(index, spec.count)
-    if spec.axes:
-        point = spec.point(number)
-        return expand(spec.at(point), index_of_seed).model_copy(update={"index": index, "point": point})
-    if spec.variation_strength:
-        return ImageSpec(index=index, seed=spec.seed, variation_seed=spec.variation_seed + index, job=spec)
-    return ImageSpec(index=index, seed=spec.seed + index, job=spec)
+    if not spec.is_sweep:
+        return _seeded(spec, index, index, {})
+    _, _, variant, among = spec.place(index)
+    values = spec.point_of(index, data)
+    job = spec.at(values, _texts_of(spec, values, index, variant, data))
+    return _seeded(job, index, among, values).model_copy(update={"varies": True})
+
+
+def _texts_of(spec: JobSpec, values: Point, index: int, variant: int, data: Data) -> dict[str, str]:
+    """Return what the templates of an image come to: drawn from its number, or the variant it is."""
+    nodes = spec.templates(values, data)
+    if spec.dynamic == "all":
+        texts = {}
+        for field, node in reversed(nodes.items()):
+            variant, number = divmod(variant, node.count)
+            texts[field] = node.at(number)
+        return texts
+    return {field: node.draw(random.Random(f"{spec.dynamic_seed} {index} {field}")) for field, node in nodes.items()}
+
+
+def _seeded(job: JobSpec, index: int, among: int, point: Point) -> ImageSpec:
+    """Return an image of a job without axes: with a variation all share the seed, else seeds count up, as in A1111."""
+    if job.variation_strength:
+        return ImageSpec(index=index, seed=job.seed, variation_seed=job.variation_seed + among, job=job, point=point)
+    return ImageSpec(index=index, seed=job.seed + among, job=job, point=point)
 
 
 def read_jsonl(text: str) -> list[JobSpec]:
@@ -572,8 +737,3 @@ def _read_row(line: str, number: int) -> JobSpec:
         raise InvalidField(error.kind, str(error), number) from error
     except InvalidField as error:
         raise InvalidField(error.field, error.reason, number) from error
-
-
-def _short(value: object) -> str:
-    text = repr(value)
-    return text if len(text) <= 60 else text[:57] + "…"

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, Protocol
 
 import boto3
 from boto3.exceptions import Boto3Error
@@ -17,10 +17,12 @@ from latentfarm_shared.settings import Settings
 
 if TYPE_CHECKING:
     from mypy_boto3_s3 import S3Client
+    from mypy_boto3_s3.type_defs import CopySourceTypeDef, ObjectIdentifierTypeDef
 
 _DENIED = {"InvalidAccessKeyId", "SignatureDoesNotMatch", "AccessDenied", "403"}
 _MISSING = {"NoSuchKey", "404", "NotFound"}
 _EXISTS = {"PreconditionFailed", "412"}
+_UNCONDITIONAL = {"NotImplemented", "501"}
 
 
 class MissingObject(FarmError):
@@ -45,6 +47,46 @@ class ObjectConflict(FarmError):
 
     def __str__(self) -> str:
         return f"{self.key!r} already holds another content"
+
+
+class Store(Protocol):
+    """What workers and tables need of a store."""
+
+    def put_once(self, key: str, data: bytes, content_type: str, content_id: str) -> bool:
+        """Write an object unless it is there."""
+        ...
+
+    def content_id(self, key: str) -> str | None:
+        """Return the content id an object was written with; None if there is no object."""
+        ...
+
+    def copy(self, source: str, target: str, content_id: str) -> bool:
+        """Copy an object of this content id; false if it is not there."""
+        ...
+
+    def get(self, key: str) -> bytes:
+        """Read an object."""
+        ...
+
+
+class NoStore:
+    """Takes everything and keeps nothing, to measure a farm without its store."""
+
+    def put_once(self, _key: str, _data: bytes, _content_type: str, _content_id: str) -> bool:
+        """Drop an object."""
+        return True
+
+    def content_id(self, _key: str) -> str | None:
+        """Have none."""
+        return None
+
+    def copy(self, _source: str, _target: str, _content_id: str) -> bool:
+        """Have none."""
+        return False
+
+    def get(self, key: str) -> bytes:
+        """Have none."""
+        raise MissingObject(key)
 
 
 class ObjectStore:
@@ -99,30 +141,73 @@ class ObjectStore:
     def put_once(self, key: str, data: bytes, content_type: str, content_id: str) -> bool:
         """Write an object unless it is there; tell whether this call wrote it.
 
-        An object already there must carry the same `content_id`: then the write happened before.
+        An object already there must carry the same `content_id`: then the write happened before. A store that refuses
+        conditions is looked at first: what two writers of one content id race for is the same picture.
 
         Raises:
             ObjectConflict: it carries another.
         """
-        try:
-            self._client.put_object(
-                Bucket=self.bucket,
-                Key=key,
-                Body=data,
-                ContentType=content_type,
-                IfNoneMatch="*",
-                Metadata={"content-id": content_id},
-            )
-        except ClientError as error:
-            if error.response["Error"]["Code"] not in _EXISTS:
-                raise _translate(error, key, self.bucket) from error
-        except BotoCoreError as error:
-            raise _translate(error, key, self.bucket) from error
-        else:
+        written = self._put_if_none(key, data, content_type, content_id)
+        if written is None:
+            found = self.content_id(key)
+            if found is None:
+                self._put(key, data, content_type, content_id)
+                return True
+        elif written:
             return True
-        if self.content_id(key) != content_id:
+        else:
+            found = self.content_id(key)
+        if found != content_id:
             raise ObjectConflict(key)
         return False
+
+    def _put_if_none(self, key: str, data: bytes, content_type: str, content_id: str) -> bool | None:
+        """Tell whether an object was written, for there was none; None if the store knows no conditions."""
+        try:
+            self._put(key, data, content_type, content_id, IfNoneMatch="*")
+        except ClientError as error:
+            code = error.response["Error"]["Code"]
+            if code in _EXISTS:
+                return False
+            if code in _UNCONDITIONAL:
+                return None
+            raise _translate(error, key, self.bucket) from error
+        except BotoCoreError as error:
+            raise _translate(error, key, self.bucket) from error
+        return True
+
+    def _put(self, key: str, data: bytes, content_type: str, content_id: str, **conditions: Any) -> None:
+        self._client.put_object(
+            Bucket=self.bucket,
+            Key=key,
+            Body=data,
+            ContentType=content_type,
+            Metadata={"content-id": content_id},
+            **conditions,
+        )
+
+    def copy(self, source: str, target: str, content_id: str) -> bool:
+        """Copy an object inside the store; false if there is none of this content id at `source`."""
+        if self.content_id(source) != content_id:
+            return False
+        try:
+            with self._translated(source):
+                origin: CopySourceTypeDef = {"Bucket": self.bucket, "Key": source}
+                self._client.copy_object(Bucket=self.bucket, Key=target, CopySource=origin, MetadataDirective="COPY")
+        except MissingObject:
+            return False
+        return True
+
+    def delete_all(self, prefix: str) -> int:
+        """Delete every object whose key starts with `prefix`; return how many."""
+        with self._translated(prefix):
+            deleted = 0
+            for page in self._client.get_paginator("list_objects_v2").paginate(Bucket=self.bucket, Prefix=prefix):
+                keys: list[ObjectIdentifierTypeDef] = [{"Key": item["Key"]} for item in page.get("Contents", [])]
+                if keys:
+                    self._client.delete_objects(Bucket=self.bucket, Delete={"Objects": keys, "Quiet": True})
+                deleted += len(keys)
+        return deleted
 
     def put_new(self, key: str, data: bytes, content_id: str) -> bool:
         """Write a JSON object unless there is one at `key`; tell whether it is this one that is there."""

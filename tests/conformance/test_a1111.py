@@ -3,13 +3,13 @@
 import pytest
 import torch
 from latentfarm_shared.infotext import quote, read_infotext, unquote
+from latentfarm_shared.parameters import SamplingOptions
 from latentfarm_shared.prompts.attention import parse_attention
 from latentfarm_shared.prompts.chunks import Reading, chunk_prompt
 from latentfarm_shared.prompts.editing import Timeline, timetable
 from latentfarm_shared.prompts.language import split_and
 from latentfarm_shared.prompts.matching import NameMatcher
 from latentfarm_shared.prompts.tokens import ClipTokenizer
-from latentfarm_shared.specs import SamplingOptions
 from latentfarm_worker.sampling.noise import ImageNoise, NoiseRecipe
 from latentfarm_worker.sampling.noise_model import NoiseModel
 from latentfarm_worker.sampling.schedules import sigmas_for

@@ -9,7 +9,7 @@ import pytest
 from latentfarm.farm import Farm
 from latentfarm_shared.errors import Unavailable, UnknownName
 from latentfarm_shared.ledger import Claim, Ledger
-from latentfarm_shared.ledger.ledger import queue_name
+from latentfarm_shared.ledger.queues import queue_name
 from latentfarm_shared.records import Lock
 from latentfarm_shared.settings import Settings
 from latentfarm_shared.specs import JobSpec
@@ -25,14 +25,14 @@ QUEUES = (QUEUE, BATCH_QUEUE)
 @pytest.fixture
 def ledger(servers: Farm) -> Iterator[Ledger]:
     servers.ledger.redis.flushdb()
-    servers.ledger.sweep()
+    servers.ledger.sweep(at_once=True)
     yield servers.ledger
     servers.ledger.redis.flushdb()
 
 
 def submit(ledger: Ledger, count: int = 3, **values: Any) -> str:
     job = secrets.token_hex(8)
-    ledger.submit(job, JobSpec(prompt="a", seed=1, count=count, **values), Lock(checkpoint=RECORD))
+    ledger.submit(job, JobSpec(prompt="a", seed=1, count=count, **values), [Lock(checkpoint=RECORD)])
     return job
 
 
@@ -53,11 +53,11 @@ def end_leases(ledger: Ledger, of: str = "") -> None:
 def lapse(ledger: Ledger) -> None:
     """Let every lease end now."""
     end_leases(ledger)
-    ledger.sweep()
+    ledger.sweep(at_once=True)
 
 
 def waiting(ledger: Ledger) -> int:
-    return int(ledger.redis.get(f"lf:count:{QUEUE}") or 0)
+    return ledger.usage("")["queued"]
 
 
 def test_images_are_handed_out_once_and_counted(ledger: Ledger) -> None:
@@ -75,9 +75,9 @@ def test_images_are_handed_out_once_and_counted(ledger: Ledger) -> None:
 
 def test_submitting_again_changes_nothing(ledger: Ledger) -> None:
     job = submit(ledger)
-    again = ledger.submit(job, JobSpec(prompt="other", seed=9, count=50), Lock(checkpoint=RECORD))
+    again = ledger.submit(job, JobSpec(prompt="other", seed=9, count=50), [Lock(checkpoint=RECORD)])
 
-    assert not again
+    assert not again.is_new
     assert ledger.status(job).total == 3
     assert waiting(ledger) == 3
 
@@ -138,12 +138,12 @@ def test_beat_keeps_leases_and_silence_ends_them(ledger: Ledger) -> None:
     for _ in range(3):
         time.sleep(0.15)
         ledger.beat("w1", {"slots": 1})
-        ledger.sweep()
+        ledger.sweep(at_once=True)
     assert ledger.status(job).counts["running"] == 1
 
     for _ in range(8):
         time.sleep(0.1)
-        ledger.sweep()
+        ledger.sweep(at_once=True)
 
     assert ledger.status(job).counts["queued"] == 1
 
@@ -167,7 +167,7 @@ def test_busy_worker_frees_itself_for_a_suspect(ledger: Ledger) -> None:
     claim(ledger, "dead")
     mine = claim(ledger, "busy")
     end_leases(ledger, of="/0")
-    ledger.sweep()
+    ledger.sweep(at_once=True)
 
     assert ledger.claim("busy", QUEUES) is None
     ledger.succeed(mine, "busy")
@@ -200,7 +200,7 @@ def test_cancel_stops_what_waits_and_tells_who_renders(ledger: Ledger) -> None:
     held, other = claim(ledger), claim(ledger)
     ledger.cancel(job)
 
-    assert sorted(ledger.beat("w1", {"slots": 2})) == sorted([held.member, other.member])
+    assert sorted(ledger.beat("w1", {"slots": 2}).closed) == sorted([held.member, other.member])
     assert ledger.claim("w1", QUEUES) is None
     assert ledger.release(held, "w1")
     assert ledger.succeed(other, "w1")
@@ -215,9 +215,9 @@ def test_cancel_stops_what_waits_and_tells_who_renders(ledger: Ledger) -> None:
 def test_wake_ups_are_as_many_as_images_or_free_slots(ledger: Ledger) -> None:
     submit(ledger, 10)
     assert ledger.ring(QUEUE) == []
-    ledger.beat("w1", {"slots": 2, "reserve": 2, "checkpoints": RECORD.hash, "draining": 0})
-    ledger.beat("w2", {"slots": 9, "checkpoints": "other", "draining": 0})
-    ledger.beat("w3", {"slots": 9, "checkpoints": RECORD.hash, "draining": 1})
+    ledger.beat("w1", {"slots": 2, "reserve": 2, "queues": ",".join(QUEUES), "draining": 0})
+    ledger.beat("w2", {"slots": 9, "queues": "other", "draining": 0})
+    ledger.beat("w3", {"slots": 9, "queues": ",".join(QUEUES), "draining": 1})
 
     tickets = ledger.ring(QUEUE)
 
@@ -229,7 +229,7 @@ def test_wake_ups_are_as_many_as_images_or_free_slots(ledger: Ledger) -> None:
 
 def test_reserve_is_for_the_interactive_lane(ledger: Ledger) -> None:
     submit(ledger, 10, lane="batch")
-    ledger.beat("w1", {"slots": 2, "reserve": 2, "checkpoints": RECORD.hash, "draining": 0})
+    ledger.beat("w1", {"slots": 2, "reserve": 2, "queues": ",".join(QUEUES), "draining": 0})
 
     assert len(ledger.ring(BATCH_QUEUE)) == 2
 
@@ -248,22 +248,23 @@ def test_acknowledgement_waits_for_the_log_on_disk(ledger: Ledger) -> None:
 def test_lost_wake_up_is_rung_again(ledger: Ledger) -> None:
     ledger = Ledger(ledger.redis, wake_up_stale_ms=50)
     submit(ledger, 1)
-    ledger.beat("w1", {"slots": 4, "checkpoints": RECORD.hash, "draining": 0})
-    assert len(ledger.sweep()) == 1
+    ledger.beat("w1", {"slots": 4, "queues": ",".join(QUEUES), "draining": 0})
+    assert len(ledger.sweep(at_once=True)) == 1
 
     time.sleep(0.1)
 
-    assert len(ledger.sweep()) == 1
+    assert len(ledger.sweep(at_once=True)) == 1
 
 
 def test_leases_get_a_fresh_period_after_the_server_was_away(ledger: Ledger) -> None:
     job = submit(ledger, 1)
     claim(ledger)
-    ledger.sweep()
+    ledger.sweep(at_once=True)
     ledger.redis.hset("lf:epoch", "run_id", "another server")
+    ledger.redis.script_flush()  # as in a server that has just started
     end_leases(ledger)
 
-    ledger.sweep()
+    ledger.sweep(at_once=True)
 
     assert ledger.status(job).counts["running"] == 1
 
@@ -271,11 +272,11 @@ def test_leases_get_a_fresh_period_after_the_server_was_away(ledger: Ledger) -> 
 def test_leases_get_a_fresh_period_after_nobody_could_sweep(ledger: Ledger) -> None:
     job = submit(ledger, 1)
     claim(ledger)
-    ledger.sweep()
+    ledger.sweep(at_once=True)
     ledger.redis.hset("lf:epoch", "swept", 1)
     end_leases(ledger)
 
-    ledger.sweep()
+    ledger.sweep(at_once=True)
 
     assert ledger.status(job).counts["running"] == 1
 
@@ -294,7 +295,7 @@ def test_claim_a_worker_knows_nothing_of_is_handed_back(ledger: Ledger) -> None:
 
 def test_job_nobody_can_read_fails_and_holds_up_nothing(ledger: Ledger) -> None:
     broken, fine = submit(ledger, 2), submit(ledger, 1)
-    ledger.redis.hset(f"lf:job:{broken}", "lock", "{}")
+    ledger.redis.hset(f"lf:job:{broken}", f"lock:{RECORD.hash}", "{}")
 
     assert claim(ledger).job == fine
     error = ledger.image_error(broken, 0)

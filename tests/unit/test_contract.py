@@ -3,10 +3,11 @@ from typing import Any
 
 import pytest
 from latentfarm_shared.errors import EmbeddingRefused, InvalidField, UnknownName
+from latentfarm_shared.parameters import EmbeddingUse, HiresFix
 from latentfarm_shared.prompts.contract import Settled, edit_distance, settle
 from latentfarm_shared.prompts.tokens import ClipTokenizer
 from latentfarm_shared.records import EmbeddingRecord, Lock
-from latentfarm_shared.specs import EmbeddingUse, HiresFix, JobSpec
+from latentfarm_shared.specs import JobSpec
 from latentfarm_worker.prompts import PromptLayout
 
 from tests.conftest import checkpoint, embedding

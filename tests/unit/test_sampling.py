@@ -8,7 +8,7 @@ import torch
 from latentfarm_shared.names import SAMPLERS as SAMPLER_NAMES
 from latentfarm_shared.names import SCHEDULES as SCHEDULE_NAMES
 from latentfarm_shared.names import TRAITS
-from latentfarm_shared.specs import SamplingOptions
+from latentfarm_shared.parameters import SamplingOptions
 from latentfarm_worker.sampling.noise import ImageNoise, NoiseRecipe
 from latentfarm_worker.sampling.noise_model import NoiseModel, with_zero_terminal_snr
 from latentfarm_worker.sampling.samplers import SAMPLERS, TIMESTEP_SAMPLERS

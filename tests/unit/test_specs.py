@@ -5,8 +5,9 @@ from latentfarm_shared.a1111 import spec_from_request
 from latentfarm_shared.errors import FarmError, InvalidField, UnknownName
 from latentfarm_shared.infotext import format_infotext, read_infotext, spec_values
 from latentfarm_shared.names import effective_schedule
+from latentfarm_shared.parameters import EmbeddingUse, HiresFix
 from latentfarm_shared.records import Lock
-from latentfarm_shared.specs import MAX_SEED, EmbeddingUse, HiresFix, JobSpec, expand, read_jsonl
+from latentfarm_shared.specs import MAX_SEED, JobSpec, expand, read_jsonl
 
 from tests.conftest import checkpoint
 

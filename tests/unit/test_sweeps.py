@@ -6,11 +6,13 @@ from latentfarm.library import parse_strengths
 from latentfarm_shared.embeddings.arithmetic import parse_formula
 from latentfarm_shared.errors import EmbeddingRefused, InvalidField, UnknownName
 from latentfarm_shared.images import content_id
+from latentfarm_shared.parameters import EmbeddingUse
 from latentfarm_shared.prompts.contract import Contract, combination_misses, settle
 from latentfarm_shared.prompts.mentions import applied_embeddings
 from latentfarm_shared.prompts.tokens import ClipTokenizer
 from latentfarm_shared.records import Lock
-from latentfarm_shared.specs import Axis, EmbeddingUse, JobSpec, drawn_seeds, expand
+from latentfarm_shared.specs import JobSpec, drawn_seeds, expand
+from latentfarm_shared.sweeps.axes import Axis
 from latentfarm_worker.prompts import PromptLayout
 
 from tests.conftest import checkpoint, embedding

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from latentfarm_worker.counts import Counts
 from latentfarm_worker.png import encode_png
 from latentfarm_worker.room import Room
 from latentfarm_worker.runtime import Runtime
@@ -17,7 +18,7 @@ from PIL import Image
 def test_png_carries_its_parameters(text: str) -> None:
     pixels = torch.randint(0, 256, (16, 24, 3), dtype=torch.uint8)
 
-    image = Image.open(io.BytesIO(encode_png(pixels, text)))
+    image = Image.open(io.BytesIO(encode_png(pixels.numpy(), text)))
 
     assert image.info["parameters"] == text
     assert torch.equal(torch.frombuffer(bytearray(image.tobytes()), dtype=torch.uint8).reshape(16, 24, 3), pixels)
@@ -27,8 +28,8 @@ def test_vitals_are_read_as_written(tmp_path: Path) -> None:
     reader = Vitals(tmp_path / "vitals", create=True)
     writer = Vitals(tmp_path / "vitals")
     writer.beat("loading")
-    writer.note(8, 1, 3)
-    writer.advertise(["a" * 64, "b" * 64])
+    writer.note(8, Counts(1, 3))
+    writer.advertise(["a" * 64, "b" * 64], ["batch:" + "a" * 64])
     writer.beat("denoising")
 
     signs = reader.read()

@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from latentfarm_shared.specs import HiresFix, JobSpec
+from latentfarm_shared.parameters import HiresFix
+from latentfarm_shared.specs import JobSpec
 from latentfarm_worker.renderer import Renderer
 from latentfarm_worker.runtime import Runtime
 from PIL import Image

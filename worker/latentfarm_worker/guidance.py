@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-from latentfarm_shared.specs import SamplingOptions
+from latentfarm_shared.parameters import SamplingOptions
 
 from latentfarm_worker.operations import Conditioning, Side
 

@@ -16,45 +16,60 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-import torch
 from celery.signals import setup_logging, worker_ready
-from latentfarm_shared.errors import FarmError, InvalidField
+from latentfarm_shared.errors import FarmError
+from latentfarm_shared.housekeeping import Housekeeper
 from latentfarm_shared.ledger import Ledger
-from latentfarm_shared.ledger.ledger import LANES
+from latentfarm_shared.ledger.queues import LANES
 from latentfarm_shared.logs import configure_logs, log
 from latentfarm_shared.settings import Settings
-from latentfarm_shared.storage import ObjectStore
+from latentfarm_shared.storage import NoStore, ObjectStore, Store
 from latentfarm_shared.wakeups import TASK, celery_queue, make_celery, ring
 
-from latentfarm_worker.folder import FolderWatch
+from latentfarm_worker.backend import Backend
 from latentfarm_worker.vitals import RESERVE, Vitals
 from latentfarm_worker.worker import Worker
 
 LOOK_EVERY_S = 2.0
-LOOK_AT_FOLDER_S = 1.0
 SWEEP_EVERY_S = 1.0
 RETRY_LOAD_S = 30.0
+HURRY_S = 0.8
 PR_SET_PDEATHSIG = 1
+
+MakeBackend = Callable[[str, Settings, Ledger, ObjectStore, Callable[[], None]], Backend]
+
+
+def make_backend(
+    name: str, settings: Settings, ledger: Ledger, store: ObjectStore, on_progress: Callable[[], None]
+) -> Backend:
+    """Return the backend the settings ask for; only the real one needs torch."""
+    if settings.engine == "simulated":
+        from latentfarm_worker.simulated import SimulatedBackend  # noqa: PLC0415 - one or the other
+
+        return SimulatedBackend(name, settings, ledger, store, on_progress)
+    from latentfarm_worker.torch_backend import TorchBackend  # noqa: PLC0415 - the same
+
+    return TorchBackend(name, settings, ledger, store, on_progress)
 
 
 class WorkerProcess:
     """Ties a `Worker` to Celery, to the supervisor's orders and to the sweeper."""
 
     def __init__(
-        self,
-        settings: Settings,
-        name: str,
-        vitals: Vitals,
-        models: frozenset[str],
-        make_worker: Callable[[str, Settings, Ledger, ObjectStore, Vitals], Worker] = Worker,
+        self, settings: Settings, name: str, vitals: Vitals, models: frozenset[str], make: MakeBackend = make_backend
     ) -> None:
         """Wire everything; `models` are the checkpoints to serve, none for all."""
         self._settings, self._name, self._models = settings, name, models
         self._ledger = Ledger.connect(settings)
         self._celery = make_celery(settings)
-        self._worker = make_worker(name, settings, self._ledger, ObjectStore(settings), vitals)
+        store = ObjectStore(settings)
+        pictures: Store = NoStore() if settings.engine == "simulated" and not settings.simulate_s3 else store
+        self._backend = make(name, settings, self._ledger, store, vitals.progress)
+        self._worker = Worker(name, settings, self._ledger, pictures, vitals, self._backend)
+        self._housekeeper = Housekeeper(self._ledger, store)
         self._vitals = vitals
         self._node = f"latentfarm@{name}"
+        self._consumed: set[str] = set()
         self._retry_at: dict[str, float] = {}
         self._register_task()
 
@@ -62,8 +77,9 @@ class WorkerProcess:
         """Load what is there, then serve until told to stop."""
         threading.Thread(target=self._obey, name="orders", daemon=True).start()
         self._vitals.beat("loading")
-        queues = self._load_new()
-        self._worker.advertise()
+        self._load_new()
+        queues = self._worker.advertise()
+        self._consumed = set(queues)
         self._worker.start()
         self._begin()
         setup_logging.connect(lambda **_: None, weak=False)
@@ -97,38 +113,28 @@ class WorkerProcess:
     def _ring(self, queue: str) -> None:
         ring(self._celery, queue, self._ledger.ring(queue))
 
-    def _load_new(self) -> list[str]:
-        """Load checkpoints that are registered, wanted and not loaded; return their queues.
+    def _load_new(self) -> None:
+        """Load checkpoints that are registered, wanted and not loaded.
 
         One that cannot be loaded is tried again later and keeps none of the others from being served.
         """
-        queues: list[str] = []
-        for record in self._worker.registry.checkpoints().values():
+        for record in self._backend.checkpoints():
             wanted = not self._models or record.name.lower() in self._models
             if not wanted or self._worker.has(record) or time.monotonic() < self._retry_at.get(record.hash, 0.0):
                 continue
             try:
-                queues += self._worker.load(record)
+                self._worker.load(record)
             except Exception as error:  # noqa: BLE001 - files of any origin fail in any way
                 log.error("checkpoint cannot be loaded", checkpoint=record.name, error=str(error), worker=self._name)
+                self._vitals.note_error(f"checkpoint {record.name}: {error}")
                 self._retry_at[record.hash] = time.monotonic() + RETRY_LOAD_S
-        return queues
 
     def _on_ready(self, **_: object) -> None:
         log.info("worker ready", worker=self._name)
-        threading.Thread(target=self._every, args=(SWEEP_EVERY_S, self._sweep), name="sweeper", daemon=True).start()
-        threading.Thread(target=self._every, args=(LOOK_EVERY_S, self._look), name="look", daemon=True).start()
-        self._follow_embeddings()
-
-    def _follow_embeddings(self) -> None:
-        """Keep up with the library, and with the watched folder if there is one."""
-        follow = self._worker.residents.follow
-        threading.Thread(target=self._every, args=(0, follow), name="embeddings", daemon=True).start()
-        if self._settings.embeddings_dir is not None:
-            watch = FolderWatch(self._settings.embeddings_dir, self._worker.intake())
-            threading.Thread(
-                target=self._every, args=(LOOK_AT_FOLDER_S, watch.look), name="folder", daemon=True
-            ).start()
+        duties = [("sweeper", SWEEP_EVERY_S, self._sweep), ("look", LOOK_EVERY_S, self._look)]
+        duties += [("closed", 0.0, self._hear_of_closed), ("housekeeper", SWEEP_EVERY_S, self._housekeeper.keep)]
+        for name, seconds, action in [*duties, *self._backend.duties()]:
+            threading.Thread(target=self._every, args=(seconds, action), name=name, daemon=True).start()
 
     @staticmethod
     def _every(seconds: float, action: Callable[[], None]) -> None:
@@ -150,18 +156,27 @@ class WorkerProcess:
         self._worker.reconcile()
 
     def _look(self) -> None:
-        """Serve checkpoints that were registered since: consume their queues, then advertise them."""
-        queues = self._load_new()
-        for queue in queues:
+        """Serve checkpoints and queues that are new: consume them, then advertise them."""
+        self._load_new()
+        queues = self._worker.advertise()
+        for queue in set(queues) - self._consumed:
             self._celery.control.add_consumer(celery_queue(queue), destination=[self._node])
-        if queues:
-            self._worker.advertise()
+            self._consumed.add(queue)
+
+    def _hear_of_closed(self) -> None:
+        """Drop images of jobs that are closed, as soon as that is said; the beat tells of those not heard of."""
+        for job in self._ledger.closed_jobs():
+            self._worker.cancel_job(job)
 
     def _obey(self) -> None:
         for line in sys.stdin:
             order, _, rest = line.strip().partition(" ")
             if order == "cancel":
                 self._worker.cancel(rest)
+            elif order == "hold":
+                self._worker.stop_claiming()
+            elif order == "go":
+                self._worker.go_on_claiming()
             elif order == "drain":
                 threading.Thread(target=self._drain, args=(float(rest),), daemon=True).start()
         os._exit(1)
@@ -173,39 +188,14 @@ class WorkerProcess:
         while self._worker.in_flight and time.monotonic() < deadline:
             time.sleep(0.05)
         if self._worker.in_flight:
-            self._worker.hand_back()
-        last = time.monotonic() + 2
-        while self._worker.in_flight and time.monotonic() < last:
-            time.sleep(0.02)
+            self._worker.hand_back(HURRY_S)
         log.info("worker drained", worker=self._name, left=self._worker.in_flight)
         os.kill(os.getpid(), signal.SIGTERM)
-        time.sleep(1.5)
+        time.sleep(HURRY_S)
         os._exit(0)
 
 
-def check_folder(folder: Path | None) -> None:
-    """Make sure the folder to watch is there.
-
-    Raises:
-        InvalidField: it is not.
-    """
-    if folder is not None and not folder.is_dir():
-        raise InvalidField("embeddings-dir", f"{folder} is no folder")
-
-
-def check_device(device: str) -> None:
-    """Make sure the device is there.
-
-    Raises:
-        InvalidField: it is not.
-    """
-    if device.startswith("cuda") and not torch.cuda.is_available():
-        raise InvalidField("device", f"{device!r}: PyTorch sees no CUDA device here")
-    if device == "mps" and not torch.backends.mps.is_available():
-        raise InvalidField("device", "'mps': PyTorch sees no Apple GPU here")
-
-
-def main(make_worker: Callable[[str, Settings, Ledger, ObjectStore, Vitals], Worker] = Worker) -> None:
+def main(make: MakeBackend = make_backend) -> None:
     """Parse what the supervisor passes and run."""
     parser = argparse.ArgumentParser(prog="latentfarm_worker.process")
     parser.add_argument("--name", required=True)
@@ -221,9 +211,7 @@ def main(make_worker: Callable[[str, Settings, Ledger, ObjectStore, Vitals], Wor
         configure_logs(settings.log_level, settings.log_format)
         vitals = Vitals(arguments.vitals)
         models = frozenset(filter(None, arguments.models.lower().split(",")))
-        check_device(settings.device)
-        check_folder(settings.embeddings_dir)
-        WorkerProcess(settings, arguments.name, vitals, models, make_worker).run()
+        WorkerProcess(settings, arguments.name, vitals, models, make).run()
     except FarmError as error:
         log.error("worker cannot start", error=str(error))
         sys.exit(error.exit_code)

@@ -1,4 +1,4 @@
-"""What one worker process does: hold checkpoints and embeddings warm, claim images, render, publish."""
+"""What one worker process does: claim images, render them on its backend, publish them."""
 
 from __future__ import annotations
 
@@ -7,65 +7,31 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import AbstractContextManager, ExitStack, suppress
-from typing import TypeVar
+from contextlib import ExitStack, suppress
 
-from latentfarm_shared.embeddings.sandbox import Sandbox
-from latentfarm_shared.errors import EmbeddingNotInLock, FarmError, RenderCanceled, RenderError, Unavailable
+import numpy as np
+from latentfarm_shared.errors import FarmError, RenderCanceled, RenderError, Unavailable, UnknownName
 from latentfarm_shared.images import content_id, image_key
-from latentfarm_shared.infotext import format_infotext
-from latentfarm_shared.intake import Intake
 from latentfarm_shared.ledger import Claim, Ledger
-from latentfarm_shared.ledger.ledger import LANES, queue_name
-from latentfarm_shared.library import EmbeddingLibrary
+from latentfarm_shared.ledger.queues import LANES, checkpoint_of, lacking, required_by
 from latentfarm_shared.logs import log
-from latentfarm_shared.prompts.contract import MAX_CHECKED, Contract, combination_misses
-from latentfarm_shared.prompts.mentions import applied_embeddings
 from latentfarm_shared.records import CheckpointRecord
-from latentfarm_shared.registry import Registry
 from latentfarm_shared.settings import Settings
 from latentfarm_shared.specs import ImageSpec, Lane, expand
-from latentfarm_shared.storage import ObjectStore
-from latentfarm_shared.vocabularies import Vocabularies
+from latentfarm_shared.storage import Store
+from latentfarm_shared.tables import TableStore
 
-from latentfarm_worker.bank import EmbeddingBank
-from latentfarm_worker.capacity import Capacity
-from latentfarm_worker.checkpoint import Checkpoint
+from latentfarm_worker.backend import Backend
 from latentfarm_worker.engine import Engine
-from latentfarm_worker.fetch import fetch_checkpoint
-from latentfarm_worker.loading import load_checkpoint
-from latentfarm_worker.memory import checkpoint_budget, engine_budget
-from latentfarm_worker.packing import Packed, pack_prompt
-from latentfarm_worker.packs import PackKeeper
+from latentfarm_worker.operations import Progress, Rendered
+from latentfarm_worker.patience import patiently
 from latentfarm_worker.png import encode_png
 from latentfarm_worker.proof import checked
-from latentfarm_worker.renders import Progress, Render, Rendered, RenderRequest, txt2img
-from latentfarm_worker.residents import Residents
 from latentfarm_worker.room import Room
-from latentfarm_worker.runtime import Runtime
-from latentfarm_worker.shelf import Shelf
 from latentfarm_worker.vitals import RESERVE, Vitals
 
 PUBLISHERS = 4
 TELL_EVERY_S = 1.0
-PATIENCE_S = (0.2, 0.5, 1.0, 2.0, 4.0, 8.0, 8.0, 8.0, 8.0)
-
-T = TypeVar("T")
-
-
-def patiently(action: Callable[[], T]) -> T:
-    """Do something that a service may refuse for a while; give up after about 40 s.
-
-    Raises:
-        Unavailable: it refused to the end.
-    """
-    for pause_s in PATIENCE_S:
-        try:
-            return action()
-        except Unavailable as error:
-            log.warning("will try again", error=str(error), in_s=pause_s)
-            time.sleep(pause_s)
-    return action()
 
 
 def _story(progress: Progress) -> dict[str, float | str]:
@@ -82,33 +48,31 @@ def _end_process(error: BaseException) -> None:
 class Worker:
     """One process's share of the farm. `serve` is called by Celery's threads, one image at a time each."""
 
-    def __init__(self, name: str, settings: Settings, ledger: Ledger, store: ObjectStore, vitals: Vitals) -> None:
+    def __init__(
+        self, name: str, settings: Settings, ledger: Ledger, store: Store, vitals: Vitals, backend: Backend
+    ) -> None:
         """Hold nothing yet; `start` lets it render."""
         self.name, self._settings, self._ledger, self._store, self._vitals = name, settings, ledger, store, vitals
-        self.registry = Registry(ledger.redis, store)
-        self.library = EmbeddingLibrary(ledger, store)
-        self.bank = EmbeddingBank(self.library, settings.embeddings_mb * 2**20)
-        self._vocabularies = Vocabularies(self.registry, settings.cache)
-        self.residents = Residents(self.bank, self.library, ledger, name)
-        self._runtime = Runtime.from_settings(settings)
+        self._backend, self._tables = backend, TableStore(store)
         self._served: dict[str, CheckpointRecord] = {}
-        self._shelf = Shelf(checkpoint_budget(settings))
+        self._tagged: list[str] = []
         self._slots = threading.Semaphore(settings.slots)
         self._reserve = threading.Semaphore(RESERVE)
         self._unpublished = Room(settings.unpublished_mb * 2**20)
         self._claims: dict[str, tuple[Claim, Future[Rendered]]] = {}
         self._progress: dict[str, Progress] = {}
-        self._contract: tuple[str, Contract] | None = None
-        self._packs = PackKeeper(self.library)
         self._strange: set[str] = set()
         self._canceled: set[str] = set()
         self._guard = threading.Lock()
         self._draining = threading.Event()
         self._publishers = ThreadPoolExecutor(PUBLISHERS, "publish")
-        costs = settings.cache / "costs" / f"{settings.device.replace(':', '-')}-{self._runtime.dtype}.json"
-        capacity = Capacity(engine_budget(settings), settings.device, costs)
         self._engine = Engine(
-            self._vitals.beat, slots=settings.slots, policy=settings.policy, capacity=capacity, on_fatal=_end_process
+            self._vitals.beat,
+            slots=settings.slots,
+            policy=settings.policy,
+            capacity=backend.capacity,
+            device=backend.device,
+            on_fatal=_end_process,
         )
 
     def start(self) -> None:
@@ -117,57 +81,56 @@ class Worker:
 
     # ---- warm
 
-    def load(self, record: CheckpointRecord) -> list[str]:
-        """Load a checkpoint and every embedding that fits it; return the names of its queues, by urgency."""
-        with self._checkpoint(record):
-            self._served[record.hash] = record
-        try:
-            self.residents.preload(served.widths for served in self._served.values())
-        except FarmError as error:
-            log.warning("embeddings come with the jobs that need them", error=str(error), worker=self.name)
-        self._vitals.note(self._settings.slots, self._shelf.loads, len(self.bank))
-        log.info("checkpoint ready", checkpoint=record.name, embeddings=len(self.bank), worker=self.name)
-        return [queue_name(lane, record.hash) for lane in LANES]
-
-    def _checkpoint(self, record: CheckpointRecord) -> AbstractContextManager[Checkpoint]:
-        """Hold a checkpoint, which is fetched and loaded if it is not in memory."""
-        size = sum(file.size for file in record.files)
-        return self._shelf.using(record.hash, lambda: self.load_checkpoint(record), size)
-
-    def load_checkpoint(self, record: CheckpointRecord) -> Checkpoint:
-        """Fetch and load a checkpoint; a simulated worker overrides this."""
-        folder = fetch_checkpoint(record, self.registry, self._settings.cache, on_progress=self._vitals.progress)
-        return load_checkpoint(record, folder, self.bank, self._runtime, self._settings.upscalers)
+    def load(self, record: CheckpointRecord) -> None:
+        """Make a checkpoint ready."""
+        self._backend.load(record)
+        self._served[record.hash] = record
+        self._note_counts()
+        log.info("checkpoint ready", checkpoint=record.name, worker=self.name)
 
     def has(self, record: CheckpointRecord) -> bool:
         """Tell whether a checkpoint is served."""
         return record.hash in self._served
 
-    def advertise(self) -> None:
-        """Tell the farm which checkpoints are ready and consumed."""
-        self._vitals.advertise(sorted(self._served))
+    def advertise(self) -> list[str]:
+        """Tell the farm what is ready and consumed; return the queues, by urgency."""
+        self._tagged = [
+            queue for queue in self._ledger.tagged_queues() if not lacking(self._settings.tags, required_by(queue))
+        ]
+        queues = self.queues(self._settings.lanes)
+        self._vitals.advertise(sorted(self._served), queues)
+        return queues
 
-    def intake(self) -> Intake:
-        """Return the way in for embeddings that are found on this machine; they get the farm's names."""
-        return Intake(self.library, self.registry, self._vocabularies, Sandbox(self._settings.caps))
+    def _note_counts(self) -> None:
+        self._vitals.note(self._settings.slots, self._backend.counts())
 
     # ---- work
 
     def queues(self, lanes: Sequence[Lane]) -> list[str]:
         """Return the queues of some lanes this worker can serve, the most urgent first."""
-        return [queue_name(lane, checkpoint) for lane in lanes for checkpoint in list(self._served)]
+        checkpoints, tagged = list(self._served), self._tagged
+        return [
+            queue
+            for lane in lanes
+            for queue in (
+                *(f"{lane}:{checkpoint}" for checkpoint in checkpoints),
+                *(q for q in tagged if q.startswith(f"{lane}:") and checkpoint_of(q) in checkpoints),
+            )
+        ]
 
     def serve(self, ring_again: Callable[[], None], *, urgent: bool) -> None:
-        """Render images as long as there are any and a slot is free; `ring_again` wakes another thread.
+        """Render images as long as there are any and a slot is free; `ring_again` wakes another thread, once.
 
         An `urgent` wake-up, one of the interactive lane, finds room beside the slots.
         """
         more = True
         while more and not self._draining.is_set() and (permit := self._permit(urgent=urgent)):
             try:
-                more = self._serve_one(self.queues(LANES if permit is self._slots else LANES[:1]), ring_again)
+                lanes = self._settings.lanes if permit is self._slots else LANES[:1]
+                more = self._serve_one(self.queues(lanes), ring_again)
             finally:
                 permit.release()
+            ring_again = _not_again
 
     def _permit(self, *, urgent: bool) -> threading.Semaphore | None:
         """Take a slot; when all are taken, an interactive wake-up may take from the reserve."""
@@ -177,29 +140,64 @@ class Worker:
 
     def _serve_one(self, queues: list[str], ring_again: Callable[[], None]) -> bool:
         """Claim, render and hand on one image; tell whether there was one."""
-        claim = self._ledger.claim(self.name, queues)
+        cold = [queue for queue in queues if not self._backend.is_warm(checkpoint_of(queue))]
+        claim = self._ledger.claim(self.name, queues, cold)
         if claim is None:
             return False
         with self._guard:  # known from now on, though nothing is in flight yet
             self._claims[claim.member] = (claim, Future())
         with suppress(Unavailable):  # the sweeper rings within a second
             ring_again()
-        with ExitStack() as held:
-            future = self._render(claim, held)
-            self._finish(claim, future)
-        self._vitals.note_cache(*self._shelf.cache_counts())
+        try:
+            image = patiently(lambda: expand(claim.spec, claim.index, self._tables.of(claim.spec)))
+            if self._has_it(claim, content_id(image, claim.lock)):
+                return True
+        except Unavailable as error:
+            self._settle(claim, "image handed back", lambda: self._ledger.release(claim, self.name), str(error))
+        except Exception as error:  # noqa: BLE001 - whatever is wrong with one image belongs to it
+            self._fail(claim, error)
+        else:
+            with ExitStack() as held:
+                self._finish(claim, image, self._render(claim, image, held))
+            self._note_counts()
         return True
 
-    def _render(self, claim: Claim, held: ExitStack) -> Future[Rendered]:
+    def _has_it(self, claim: Claim, content: str) -> bool:
+        """Tell whether a claim needs no render: its picture is there, the owner has it, or somebody renders it now."""
+        key = image_key(claim.job, claim.index)
+        if claim.doubtful and patiently(lambda: self._store.content_id(key)) == content:
+            self._settle(claim, "image was published", lambda: self._ledger.succeed(claim, self.name, 0))
+            return True
+        if not claim.spec.reuse or claim.spec.pack is not None:
+            return False
+        found = patiently(lambda: self._ledger.reserve(claim, content))
+        if found.have is not None and self._copied(claim, found.have, content):
+            self._settle(claim, "image copied", lambda: self._ledger.succeed(claim, self.name, 0))
+            return True
+        if found.have is None and not found.render:
+            self._forget(claim)
+            return True
+        return False
+
+    def _copied(self, claim: Claim, source: tuple[str, int], content: str) -> bool:
+        """Copy the owner's picture in the store; false if it is not there any more."""
+        try:
+            spec = self._ledger.spec(source[0])
+        except UnknownName:
+            return False
+        old, new = image_key(source[0], spec.layout.index_at(source[1])), image_key(claim.job, claim.index)
+        return patiently(lambda: self._store.copy(old, new, content))
+
+    def _render(self, claim: Claim, image: ImageSpec, held: ExitStack) -> Future[Rendered]:
         """Put the claimed image in flight; what cannot even start fails its future."""
         try:
-            image = expand(claim.spec, claim.index)
-            checkpoint = held.enter_context(self._checkpoint(claim.lock.checkpoint))
-            patiently(lambda: held.enter_context(self.bank.using(claim.lock.embeddings)))
-            self._refuse_combination(claim, image, checkpoint)
-            render = self._render_of(claim, image, checkpoint)
+            model = held.enter_context(self._backend.holding(claim))
+            progress = Progress()
+            if claim.spec.pack is not None:
+                self._progress[claim.member] = progress
+            render = self._backend.render(claim, image, model, progress)
             urgent = claim.spec.lane == "interactive" and claim.spec.pack is None
-            future = self._engine.submit(render, checkpoint, urgent=urgent)
+            future = self._engine.submit(render, model, urgent=urgent)
         except Exception as error:  # noqa: BLE001 - whatever is wrong with one image belongs to its future
             future = Future()
             future.set_exception(error)
@@ -210,44 +208,17 @@ class Worker:
             self._engine.cancel(future)
         return future
 
-    def _render_of(self, claim: Claim, image: ImageSpec, checkpoint: Checkpoint) -> Render:
-        """Return the render of an image, or the packing of a prompt, whose progress is told now and then."""
-        pack = claim.spec.pack
-        if pack is None:
-            return txt2img(RenderRequest.build(image, claim.lock, checkpoint.tokenizer), checkpoint)
-        progress = self._progress[claim.member] = Progress()
-        return pack_prompt(image.job, pack, claim.lock, checkpoint, progress)
-
-    def _refuse_combination(self, claim: Claim, image: ImageSpec, checkpoint: Checkpoint) -> None:
-        """Check what submission left open: what the combined texts of a large sweep ask for.
-
-        Raises:
-            EmbeddingNotInLock: an embedding that the job does not hold.
-        """
-        if claim.spec.text_variants > MAX_CHECKED:
-            missing = combination_misses(image, claim.lock, self._contract_of(claim, checkpoint))
-            if missing and claim.spec.on_missing == "fail":
-                raise EmbeddingNotInLock(missing[0])
-
-    def _contract_of(self, claim: Claim, checkpoint: Checkpoint) -> Contract:
-        """Return what a job could name when it was submitted, kept for its next image."""
-        held = self._contract
-        if held is None or held[0] != claim.job:
-            known = self.library.visible(claim.lock.owner, at=claim.lock.frozen_at)
-            held = self._contract = claim.job, Contract(claim.lock.checkpoint, known, checkpoint.tokenizer)
-        return held[1]
-
-    def _finish(self, claim: Claim, future: Future[Rendered]) -> None:
+    def _finish(self, claim: Claim, image: ImageSpec, future: Future[Rendered]) -> None:
         """Wait for the picture, compare what entered the encoder with the lock, and hand the picture to a publisher."""
         try:
-            rendered = checked(self._result(claim, future), expand(claim.spec, claim.index), claim.lock)
+            rendered = checked(self._result(claim, future), image, claim.lock)
         except (RenderCanceled, Unavailable) as error:
             self._settle(claim, "image handed back", lambda: self._ledger.release(claim, self.name), str(error))
         except Exception as error:  # noqa: BLE001 - one image's failure must not stop the others
             self._fail(claim, error)
         else:
             self._unpublished.take(rendered.pixels.nbytes)
-            self._publishers.submit(self._publish, claim, rendered)
+            self._publishers.submit(self._publish, claim, image, rendered)
 
     def _result(self, claim: Claim, future: Future[Rendered]) -> Rendered:
         """Wait for a render; of one that is followed, tell every second how far it is."""
@@ -259,12 +230,17 @@ class Worker:
                 self._ledger.progress(claim, _story(progress))
         return future.result()
 
-    def _publish(self, claim: Claim, rendered: Rendered) -> None:
+    def _publish(self, claim: Claim, image: ImageSpec, rendered: Rendered) -> None:
         """Write the picture where (job, index) decides, then tell the ledger; hand it back if nobody listens."""
+        cost = image.job.pixel_steps
         try:
-            image = expand(claim.spec, claim.index)
-            patiently(lambda: self._put(claim, image, rendered))
-            self._settle(claim, "image published", lambda: self._ledger.succeed(claim, self.name))
+            self._keep(claim, rendered)
+            png = encode_png(np.asarray(rendered.pixels), self._backend.infotext(claim, image))
+            key, content = image_key(claim.job, claim.index), content_id(image, claim.lock)
+            patiently(lambda: self._store.put_once(key, png, "image/png", content))
+            self._settle(claim, "image published", lambda: self._ledger.succeed(claim, self.name, cost))
+            self._vitals.note_image(cost)
+            self._backend.praise(claim)
         except Unavailable as error:
             self._settle(claim, "image handed back", lambda: self._ledger.release(claim, self.name), str(error))
         except Exception as error:  # noqa: BLE001 - one image's failure must not stop the others
@@ -272,28 +248,22 @@ class Worker:
         finally:
             self._unpublished.give(rendered.pixels.nbytes)
 
-    def _put(self, claim: Claim, image: ImageSpec, rendered: Rendered) -> None:
-        if isinstance(rendered, Packed):
-            self._keep_packed(claim, rendered)
-        tokenizer = self._vocabularies.of(claim.lock.checkpoint) if image.point else None
-        used = None if tokenizer is None else [a.record for a in applied_embeddings(image, claim.lock, tokenizer)]
-        png = encode_png(rendered.pixels, format_infotext(image, claim.lock, used))
-        self._store.put_once(image_key(claim.job, claim.index), png, "image/png", content_id(image, claim.lock))
-
-    def _keep_packed(self, claim: Claim, packed: Packed) -> None:
-        """Put a packed prompt into the library, in the name of the job's owner, and say how good it is."""
+    def _keep(self, claim: Claim, rendered: Rendered) -> None:
+        """Have the backend keep what a packing made, and tell how good it is."""
         if claim.spec.pack is None:
-            raise RenderError("nobody asked for a packed prompt")
+            return
         if not self._ledger.progress(claim, {"stage": "keeping"}):
             raise RenderCanceled("the claim was lost, or the job canceled, before the embedding was kept")
-        record = self._packs.keep(claim.spec, claim.spec.pack, claim.lock.owner, packed, claim.job)
-        story: dict[str, float | str] = {"stage": "done", "name": record.name, "version": record.version}
-        self._ledger.progress(claim, story | {"quality": round(packed.quality, 4)})
+        story = patiently(lambda: self._backend.keep(claim, rendered))
+        self._ledger.progress(claim, story)
 
     def _fail(self, claim: Claim, error: Exception) -> None:
         code = error.code if isinstance(error, FarmError) else RenderError.code
         message = str(error) or type(error).__name__
+        self._vitals.note_error(f"{claim.member}: {message}")
         self._settle(claim, "image failed", lambda: self._ledger.fail(claim, self.name, code, message), message)
+        with suppress(FarmError):
+            self._backend.blame(claim)
 
     def _settle(self, claim: Claim, what: str, transition: Callable[[], bool], error: str | None = None) -> None:
         """Make a claim's last transition and forget it; if the ledger stays away, `reconcile` hands it back later."""
@@ -304,9 +274,12 @@ class Worker:
         except Unavailable as away:
             bound.warning("could not settle the claim", wanted=what, error=str(away))
         finally:
-            with self._guard:
-                self._claims.pop(claim.member, None)
-                self._canceled.discard(claim.member)
+            self._forget(claim)
+
+    def _forget(self, claim: Claim) -> None:
+        with self._guard:
+            self._claims.pop(claim.member, None)
+            self._canceled.discard(claim.member)
 
     def reconcile(self) -> None:
         """Hand back claims in our name that we know nothing of, such as one whose answer was lost on the way.
@@ -324,13 +297,20 @@ class Worker:
     # ---- control
 
     def cancel(self, member: str) -> None:
-        """Stop rendering an image of a canceled job; may be repeated."""
+        """Stop rendering an image of a closed job; may be repeated."""
         with self._guard:
             held = self._claims.get(member)
             if held:
                 self._canceled.add(member)
         if held:
             self._engine.cancel(held[1])
+
+    def cancel_job(self, job: str) -> None:
+        """Stop rendering all images of a closed job."""
+        with self._guard:
+            members = [member for member, (claim, _) in self._claims.items() if claim.job == job]
+        for member in members:
+            self.cancel(member)
 
     @property
     def in_flight(self) -> int:
@@ -342,9 +322,28 @@ class Worker:
         """Take no more images."""
         self._draining.set()
 
-    def hand_back(self) -> None:
-        """Stop rendering and give every unfinished image back to the queue; what is rendered is still published."""
+    def go_on_claiming(self) -> None:
+        """Take images again."""
+        self._draining.clear()
+
+    def hand_back(self, patience_s: float) -> None:
+        """Stop rendering and give every unfinished image back to the queue.
+
+        What the device does not let go of in `patience_s` seconds is given back all the same; nothing of it counts any more.
+        """
         with self._guard:
             held = list(self._claims.values())
         for _claim, future in held:
             self._engine.cancel(future)
+        until = time.monotonic() + patience_s
+        while self.in_flight and time.monotonic() < until:
+            time.sleep(0.02)
+        with self._guard:
+            held = list(self._claims.values())
+        for claim, _future in held:
+            with suppress(FarmError):
+                self._ledger.release(claim, self.name)
+
+
+def _not_again() -> None:
+    """Ring nobody: the first call did."""

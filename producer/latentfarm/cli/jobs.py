@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import socket
-import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -17,11 +16,15 @@ if TYPE_CHECKING:
     from latentfarm_shared.ledger import JobStatus
 
     from latentfarm.jobs import Job
+    from latentfarm.planning import Plan
 
 app = typer.Typer(no_args_is_help=True)
 workers_app = typer.Typer(no_args_is_help=True)
+limits_app = typer.Typer(no_args_is_help=True)
 
+HIDDEN = {"name", "cache_hits", "cache_misses", "queues", "lanes", "version", "loads", "embeddings"}
 JobId = Annotated[str, typer.Argument(help="The job's id, or its beginning.", show_default=False)]
+WorkerName = Annotated[str, typer.Argument(help="The worker's name, as 'workers ls' tells.", show_default=False)]
 Timeout = Annotated[float | None, typer.Option(help="Give up waiting after so many seconds.", show_default=False)]
 
 
@@ -77,7 +80,8 @@ def generate(  # noqa: PLR0917 - typer turns each into an option
     """
     from latentfarm_shared.errors import InvalidField  # noqa: PLC0415
     from latentfarm_shared.names import resolve_sampler  # noqa: PLC0415
-    from latentfarm_shared.specs import EmbeddingUse, JobSpec  # noqa: PLC0415
+    from latentfarm_shared.parameters import EmbeddingUse  # noqa: PLC0415
+    from latentfarm_shared.specs import JobSpec  # noqa: PLC0415
 
     given = {
         "prompt": prompt, "negative_prompt": negative_prompt, "model": model, "sampler": sampler, "schedule": schedule,
@@ -165,7 +169,7 @@ def _variation(text: str) -> dict[str, str]:
 def _options(pairs: list[str]) -> dict[str, str]:
     """Read NAME=VALUE settings of samplers."""
     from latentfarm_shared.errors import InvalidField, nearest  # noqa: PLC0415
-    from latentfarm_shared.specs import SamplingOptions  # noqa: PLC0415
+    from latentfarm_shared.parameters import SamplingOptions  # noqa: PLC0415
 
     options = {}
     for pair in pairs:
@@ -179,26 +183,32 @@ def _options(pairs: list[str]) -> dict[str, str]:
 
 
 def submit(
-    file: Annotated[Path, typer.Argument(help="One JSON object a line; - reads standard input.", show_default=False)],
+    file: Annotated[
+        Path, typer.Argument(help="A sweep or table; - reads JSONL from standard input.", show_default=False)
+    ],
     watch: Annotated[bool, typer.Option("--watch", help="Wait for all of them.")] = False,
+    anew: Annotated[bool, typer.Option("--new", help="Make new jobs even if this file was submitted before.")] = False,
+    lane: Annotated[str, typer.Option(help="interactive or batch, where the file does not say.")] = "batch",
+    model: Annotated[str | None, typer.Option("--model", "-m", help="Checkpoint, where the file does not say.")] = None,
     data: Data = None,
     as_json: Json = False,
 ) -> None:
-    """Submit every job of a JSONL file; the whole file is checked before anything is queued.
+    """Submit a sweep (YAML, JSON) or a table (JSONL, CSV); all of it is checked before anything is queued.
 
-    Example line:
+    The same file again resumes its job: what is there is kept, what failed or was canceled is rendered.
+
+    Examples:
+
+        latentfarm submit sweep.yaml
+
+        latentfarm submit prompts.jsonl --watch
+
+    A line of JSONL:
 
         {"prompt": "masterpiece, corneo_dva", "embeddings": ["16-token-demo-neg:neg"], "seed": 43, "count": 4}
     """
-    from latentfarm_shared.errors import UnreadableFile  # noqa: PLC0415
-    from latentfarm_shared.specs import read_jsonl  # noqa: PLC0415
-
-    try:
-        text = sys.stdin.read() if str(file) == "-" else file.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise UnreadableFile(str(file), f"cannot be read as UTF-8 text ({error})") from error
-    specs = read_jsonl(text)
-    submitted = connect(data).submit_all(specs)
+    defaults = {"lane": lane} | ({"model": model} if model else {})
+    submitted = connect(data).submit_file(file, anew=anew, defaults=defaults)
     _print_ids(submitted, as_json=as_json)
     if watch:
         for job in submitted:
@@ -267,6 +277,181 @@ def cancel(job: JobId, data: Data = None, as_json: Json = False) -> None:
         show([describe(found.status())], as_json=True, single=True)
 
 
+def plan(
+    file: Annotated[Path, typer.Argument(help="A sweep or table.", show_default=False)],
+    data: Data = None,
+    as_json: Json = False,
+) -> None:
+    """Tell what a file would do, without queueing anything: images, embeddings, long prompts, time.
+
+    Example:
+
+        latentfarm plan sweep.yaml
+    """
+    found = connect(data).plan(file)
+    if as_json:
+        typer.echo(found.model_dump_json())
+    else:
+        typer.echo(_plan_text(found))
+    if found.missing:
+        raise typer.Exit(2)
+
+
+def _plan_text(found: Plan) -> str:
+    """Say a plan in words."""
+    time = "no worker has measured this checkpoint yet, so there is no estimate"
+    if found.estimate is not None:
+        e = found.estimate
+        time = (
+            f"{e.gpu_seconds:g} GPU-seconds; on {e.workers} workers {e.eta_s:g} s ({e.eta_low_s:g} to {e.eta_high_s:g})"
+        )
+    some = "" if found.looked_at >= found.images else f" of {found.looked_at} looked at"
+    lines = [
+        f"images: {found.images} in {found.jobs} jobs; {found.duplicates} duplicates{some}",
+        f"prompts over 75 tokens: {found.long_prompts}{some}",
+        "embeddings: " + (", ".join(f"{e.name}@{e.version} ({e.vectors} vectors)" for e in found.embeddings) or "none"),
+        *(f"missing: {item}" for item in found.missing),
+        f"time: {time}",
+        *(f"sample: {text}" for text in found.samples),
+    ]
+    return "\n".join(lines)
+
+
+@app.command("pause")
+def pause(job: JobId, data: Data = None) -> None:
+    """Hand out no more images of a job; what is in flight goes on."""
+    connect(data).job(job).pause()
+
+
+@app.command("resume")
+def resume(job: JobId, data: Data = None) -> None:
+    """Go on with a paused job."""
+    connect(data).job(job).resume()
+
+
+@app.command("approve")
+def approve(job: JobId, data: Data = None) -> None:
+    """Go on with a job whose first images were to be seen before the rest."""
+    connect(data).job(job).approve()
+
+
+@app.command("retry")
+def retry(
+    job: JobId,
+    missing: Annotated[bool, typer.Option("--missing", help="What was canceled or has expired, too.")] = False,
+    data: Data = None,
+) -> None:
+    """Render again what failed."""
+    connect(data).job(job).retry(missing=missing)
+
+
+@app.command("priority")
+def priority(
+    job: JobId,
+    value: Annotated[int, typer.Argument(help="-100 to 100; your jobs above 0 go first.")],
+    data: Data = None,
+) -> None:
+    """Put a job before or behind your others."""
+    connect(data).job(job).prioritise(value)
+
+
+@app.command("why")
+def why(job: JobId, data: Data = None, as_json: Json = False) -> None:
+    """Tell why a job's images wait."""
+    farm = connect(data)
+    rows = [cause.model_dump() for cause in farm.why(farm.job(job).id)]
+    if rows or as_json:
+        show(rows, as_json=as_json)
+    else:
+        typer.echo("nothing holds it up")
+
+
+@app.command("events")
+def events(
+    job: JobId,
+    after: Annotated[int, typer.Option(help="Only what came after this version.")] = 0,
+    data: Data = None,
+    as_json: Json = False,
+) -> None:
+    """List what happened to a job; of many events the newest thousand."""
+    show([event.model_dump() for event in connect(data).job(job).events(after)], as_json=as_json)
+
+
+@app.command("manifest")
+def manifest(
+    job: JobId,
+    failed: Annotated[bool, typer.Option("--failed", help="What failed, as a table to submit again.")] = False,
+    data: Data = None,
+) -> None:
+    """Print a finished job's manifest, a line of JSON for every image."""
+    text = connect(data).job(job).manifest("failed" if failed else "manifest")
+    typer.echo(text.decode(), nl=False)
+
+
+@workers_app.command("show")
+def show_worker(name: WorkerName, data: Data = None, as_json: Json = False) -> None:
+    """Show what a worker says of itself."""
+    from latentfarm_shared.errors import UnknownName  # noqa: PLC0415
+
+    workers = {worker.station: worker for worker in connect(data).workers()}
+    if name not in workers:
+        raise UnknownName.among("worker", name, workers)
+    show([workers[name].model_dump(mode="json")], as_json=as_json, single=True)
+
+
+@workers_app.command("drain")
+def drain(name: WorkerName, data: Data = None) -> None:
+    """Let a worker claim nothing more; what it has is finished. It stays so over restarts."""
+    connect(data).ledger.drain(name)
+
+
+@workers_app.command("undrain")
+def undrain(name: WorkerName, data: Data = None) -> None:
+    """Let a drained worker go on."""
+    connect(data).ledger.drain(name, on=False)
+
+
+@workers_app.command("release")
+def release(name: WorkerName, data: Data = None) -> None:
+    """Let a worker work again that was set aside because it kept dying."""
+    connect(data).ledger.let_back(name)
+
+
+@limits_app.command("set")
+def set_limits(
+    owner: Annotated[str | None, typer.Argument(help="Whose; everybody's who has none, if left out.")] = None,
+    weight: Annotated[
+        float | None, typer.Option(help="Share of the farm, beside others' 1.", show_default=False)
+    ] = None,
+    running: Annotated[int | None, typer.Option(help="Images at once.", show_default=False)] = None,
+    queued: Annotated[int | None, typer.Option(help="Images waiting.", show_default=False)] = None,
+    data: Data = None,
+) -> None:
+    """Set what an owner may have; what is not given is unbounded."""
+    from latentfarm_shared.errors import InvalidField  # noqa: PLC0415
+    from latentfarm_shared.ledger import Limits  # noqa: PLC0415
+    from pydantic import ValidationError  # noqa: PLC0415
+
+    try:
+        limits = Limits(weight=weight, running=running, queued=queued)
+    except ValidationError as error:
+        first = error.errors()[0]
+        raise InvalidField(str(first["loc"][0]), f"{first['msg'].lower()}, got {first['input']}") from error
+    connect(data).ledger.set_limits(owner, limits)
+
+
+@limits_app.command("show")
+def show_limits(
+    owner: Annotated[str, typer.Argument(help="Whose.")] = "", data: Data = None, as_json: Json = False
+) -> None:
+    """Show what an owner may have, and has."""
+    ledger = connect(data).ledger
+    own, others = ledger.limits(owner).model_dump(), ledger.limits(None).model_dump()
+    row = {name: value if value is not None else others[name] for name, value in own.items()}
+    has = {f"{name}_now": value for name, value in ledger.usage(owner).items()}
+    show([row | has], as_json=as_json, single=True)
+
+
 @workers_app.command("ls")
 def list_workers(
     here: Annotated[bool, typer.Option("--here", help="Only this machine's; exit 1 if none is ready.")] = False,
@@ -279,10 +464,14 @@ def list_workers(
     workers = [w for w in farm.workers() if not here or w.host == socket.gethostname()]
     rows = []
     for worker in workers:
-        row = worker.model_dump(mode="json", exclude=None if as_json else {"cache_hits", "cache_misses"})
+        row = {"name": worker.station} | worker.model_dump(mode="json", exclude={"name"} if as_json else HIDDEN)
         row["checkpoints"] = [names.get(checkpoint, checkpoint[:12]) for checkpoint in worker.checkpoints]
         rows.append(row)
     show(rows, as_json=as_json)
+    for station, story in farm.ledger.aside().items():
+        typer.echo(
+            f"set aside: {station}: {story}; 'latentfarm workers release {station}' lets it work again", err=True
+        )
     if here and not any(worker.checkpoints for worker in workers):
         raise typer.Exit(1)
 

@@ -15,10 +15,28 @@ import typer
 
 from latentfarm.cli.output import Data, Json
 
+Engine = Annotated[
+    str | None, typer.Option(help="torch, or simulated: takes time instead of rendering.", show_default=False)
+]
+ImageSeconds = Annotated[
+    float | None, typer.Option("--image-seconds", min=0, help="What a simulated device takes.", show_default=False)
+]
+Jitter = Annotated[float | None, typer.Option(min=0, max=1, help="… give or take this share.", show_default=False)]
+Slots = Annotated[str | None, typer.Option(help="Images in flight, or auto.", show_default=False)]
+Insecure = Annotated[bool, typer.Option("--insecure", help="Let passwords and pictures go unencrypted.")]
 
-def up(
+
+def up(  # noqa: PLR0917 - typer turns each into an option
     data: Data = None,
-    workers: Annotated[int, typer.Option("--workers", "-w", min=0, max=64, help="Workers to start.")] = 1,
+    workers: Annotated[int, typer.Option("--workers", "-w", min=0, max=256, help="Workers to start.")] = 1,
+    engine: Engine = None,
+    image_seconds: ImageSeconds = None,
+    jitter: Jitter = None,
+    slots: Slots = None,
+    listen: Annotated[
+        str | None, typer.Option(help="Address where workers on other machines join.", show_default=False)
+    ] = None,
+    insecure: Insecure = False,
     as_json: Json = False,
 ) -> None:
     """Run a farm on this machine: Redis-protocol server, S3 server and workers. Ctrl-C stops it; data is kept.
@@ -28,29 +46,75 @@ def up(
         latentfarm up --workers 2
 
         latentfarm up --json --data /srv/latentfarm
+
+        latentfarm up --workers 0 --listen 10.0.0.5 --insecure
+
+        latentfarm up --workers 4 --engine simulated --image-seconds 0.3
     """
     from latentfarm_shared.logs import configure_logs  # noqa: PLC0415
     from latentfarm_shared.settings import data_folder, environment_data  # noqa: PLC0415
 
     from latentfarm.embedded.local import LocalFarm  # noqa: PLC0415
 
+    if listen is not None:
+        _refuse_plain(listen, insecure=insecure)
     configure_logs("INFO", "console")
     folder = data_folder(data, environment_data())
     stop = _StopRequest()
-    farm = LocalFarm(folder, workers)
+    farm = LocalFarm(folder, workers, environ=_worker_environment(engine, image_seconds, jitter, slots), listen=listen)
     typer.echo(f"starting a farm in {folder} …", err=True)
     with farm as local:
         local.await_workers(lambda: stop.requested)
         settings = local.farm.settings
         ready = {"redis_url": settings.redis_url, "s3_endpoint": settings.s3_endpoint, "data": str(folder)}
+        ready |= {"join": local.token} if local.token else {}
         if as_json:
             typer.echo(json.dumps(ready))
         else:
             typer.echo(f"farm ready: {settings.redis_url}, {settings.s3_endpoint}, data in {folder}")
             typer.echo(f"in another terminal: latentfarm generate 'masterpiece, corneo_dva' --data {folder}", err=True)
+            if local.token:
+                typer.echo(
+                    f"on another machine: latentfarm worker --join TOKEN, which is in {folder / 'join-token'}", err=True
+                )
         while not stop.requested:
             local.watch()
             time.sleep(0.5)
+
+
+def _refuse_plain(address: str, *, insecure: bool) -> None:
+    """Refuse to send passwords and pictures in the clear to other machines, unless that is asked for.
+
+    Raises:
+        InvalidField: it was not.
+    """
+    from latentfarm_shared.errors import InvalidField  # noqa: PLC0415
+
+    if address not in ("127.0.0.1", "localhost", "::1") and not insecure:
+        reason = (
+            f"{address} is another machine's business and the servers here speak no TLS; use a VPN or tunnel, and say "
+            "--insecure if the network is yours"
+        )
+        raise InvalidField("listen", reason)
+
+
+def _worker_environment(
+    engine: str | None, image_seconds: float | None, jitter: float | None, slots: str | None
+) -> dict[str, str]:
+    """Return options of a worker as the settings it reads."""
+    from latentfarm_shared.errors import InvalidField  # noqa: PLC0415
+
+    if engine not in (None, "torch", "simulated"):
+        raise InvalidField("engine", f"should be torch or simulated, got {engine!r}")
+    if slots not in (None, "auto") and not (slots.isdecimal() and 1 <= int(slots) <= 256):
+        raise InvalidField("slots", f"should be auto or 1 to 256, got {slots!r}")
+    chosen = {
+        "LATENTFARM_ENGINE": engine,
+        "LATENTFARM_IMAGE_SECONDS": None if image_seconds is None else str(image_seconds),
+        "LATENTFARM_JITTER": None if jitter is None else str(jitter),
+        "LATENTFARM_SLOTS": None if slots == "auto" else slots,
+    }
+    return {name: value for name, value in chosen.items() if value is not None}
 
 
 class _StopRequest:
@@ -78,39 +142,79 @@ def demo(
     run_demo(output)
 
 
-def worker(
-    models: Annotated[
-        str, typer.Option("--models", help="Checkpoints to serve, separated by commas; all if empty.")
+def worker(  # noqa: PLR0917 - typer turns each into an option
+    checkpoints: Annotated[
+        str, typer.Option("--checkpoints", "--models", help="Checkpoints to serve, separated by commas; all if empty.")
     ] = "",
-    device: Annotated[str | None, typer.Option(help="cpu, cuda, cuda:N or mps.", show_default=False)] = None,
-    slots: Annotated[int | None, typer.Option(min=1, max=256, help="Images in flight.", show_default=False)] = None,
+    device: Annotated[
+        str | None,
+        typer.Option(help="cpu, cuda, cuda:N or mps; several with commas, a worker on each.", show_default=False),
+    ] = None,
+    workers: Annotated[int, typer.Option(min=1, max=256, help="Workers on each device.")] = 1,
+    slots: Slots = None,
+    lanes: Annotated[str | None, typer.Option(help="interactive, batch, or both.", show_default=False)] = None,
+    tags: Annotated[
+        str | None, typer.Option(help="What jobs may require, such as nvlink,memory:24.", show_default=False)
+    ] = None,
     embeddings_dir: Annotated[
         Path | None,
         typer.Option("--embeddings-dir", help="Folder like A1111's to watch for embeddings.", show_default=False),
     ] = None,
+    engine: Engine = None,
+    image_seconds: ImageSeconds = None,
+    jitter: Jitter = None,
+    s3: Annotated[bool, typer.Option("--s3/--no-s3", help="Whether simulated workers store pictures.")] = True,
+    join: Annotated[
+        str | None, typer.Option(help="Token of 'latentfarm up --listen', or @FILE that holds it.", show_default=False)
+    ] = None,
+    insecure: Insecure = False,
     data: Data = None,
 ) -> None:
-    """Run one worker until SIGTERM or Ctrl-C; a second signal hurries. It restarts itself when its device dies.
+    """Run workers until SIGTERM or Ctrl-C; a second signal hurries. A worker restarts when its device dies.
 
-    Example:
+    Examples:
 
-        latentfarm worker --device cuda:0 --models demo
+        latentfarm worker --device cuda:0,cuda:1 --checkpoints demo
 
         latentfarm worker --embeddings-dir ~/stable-diffusion-webui/embeddings
+
+        latentfarm worker --join @join-token --insecure
+
+        latentfarm worker --engine simulated --image-seconds 1.0 --jitter 0.2 --workers 32
     """
     from latentfarm_shared.errors import MissingExtra  # noqa: PLC0415
 
-    if find_spec("torch") is None or find_spec("diffusers") is None:
+    if engine != "simulated" and (find_spec("torch") is None or find_spec("diffusers") is None):
         raise MissingExtra("worker", "a worker")
-    command = [sys.executable, "-m", "latentfarm_worker", "--models", models]
+    command = [sys.executable, "-m", "latentfarm_worker", "--models", checkpoints, "--workers", str(workers)]
+    command += ["--devices", device] if device else []
     command += ["--data", str(data)] if data else []
-    folder = str(embeddings_dir.absolute()) if embeddings_dir else None
     chosen = {
-        "LATENTFARM_EMBEDDINGS_DIR": folder,
-        "LATENTFARM_DEVICE": device,
-        "LATENTFARM_SLOTS": str(slots) if slots else None,
+        "LATENTFARM_EMBEDDINGS_DIR": str(embeddings_dir.absolute()) if embeddings_dir else None,
+        "LATENTFARM_LANES": lanes,
+        "LATENTFARM_TAGS": tags,
+        "LATENTFARM_SIMULATE_S3": None if s3 else "false",
+        "LATENTFARM_JOIN": _token(join, insecure=insecure) if join else None,
     }
-    os.execve(sys.executable, command, os.environ | {k: v for k, v in chosen.items() if v})
+    environ = {name: value for name, value in chosen.items() if value}
+    environ |= _worker_environment(engine, image_seconds, jitter, slots)
+    os.execve(sys.executable, command, os.environ | environ)
+
+
+def _token(join: str, *, insecure: bool) -> str:
+    """Return a token that may be used.
+
+    Raises:
+        BadSettings: it is none.
+        InvalidField: it leads to another machine without TLS, and that was not allowed.
+    """
+    from latentfarm_shared.settings import FarmFile  # noqa: PLC0415
+
+    token = Path(join[1:]).read_text().strip() if join.startswith("@") else join
+    farm = FarmFile.from_token(token)
+    if not farm.is_local and not farm.redis_url.startswith("rediss://"):
+        _refuse_plain("the farm's address", insecure=insecure)
+    return token
 
 
 def serve(

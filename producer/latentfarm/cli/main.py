@@ -25,13 +25,15 @@ app.command()(local.up)
 app.command()(local.demo)
 app.command()(jobs.generate)
 app.command()(jobs.submit)
+app.command()(jobs.plan)
 app.command()(jobs.params)
 app.command()(local.worker)
 app.command()(local.serve)
 app.add_typer(jobs.app, name="jobs", help="List, watch and download jobs.")
 app.add_typer(embeddings.app, name="embeddings", help="Inspect, add, name, compare and make embeddings.")
 app.add_typer(models.app, name="models", help="Add and list checkpoints.")
-app.add_typer(jobs.workers_app, name="workers", help="List the workers that are alive.")
+app.add_typer(jobs.workers_app, name="workers", help="List, drain and release workers.")
+app.add_typer(jobs.limits_app, name="limits", help="What owners may have.")
 
 
 def _print_version(value: bool) -> None:

@@ -80,6 +80,8 @@ def describe(status: JobStatus) -> dict[str, Any]:
     return {
         "id": status.id,
         "state": status.state,
+        **({"reason": status.reason} if status.reason else {}),
+        **({"name": status.name} if status.name else {}),
         "total": status.total,
         "counts": status.counts,
         "model": status.model,

@@ -5,25 +5,28 @@ from __future__ import annotations
 import fcntl
 import os
 import secrets
+import socket
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from importlib.util import find_spec
 from pathlib import Path
 from types import TracebackType
 from typing import IO, Self
 
-from latentfarm_shared.errors import MissingExtra, Unavailable
+from latentfarm_shared.errors import MissingExtra, NoFarm, Unavailable
 from latentfarm_shared.settings import FarmFile, Settings
 
 from latentfarm.embedded.processes import Child, free_ports, start
-from latentfarm.embedded.servers import start_s3, start_valkey
+from latentfarm.embedded.servers import start_s3, start_valkey, write_private
 from latentfarm.farm import Farm
 
 WORKER_READY_S = 180.0
+GATE_READY_S = 10.0
 FOREIGN = (
     "LATENTFARM_DATA",
+    "LATENTFARM_JOIN",
     "LATENTFARM_REDIS_URL",
     "LATENTFARM_REDIS_PASSWORD",
     "LATENTFARM_S3_ENDPOINT",
@@ -47,10 +50,19 @@ def require_extras() -> None:
 class LocalFarm:
     """Use as a context: started on entering, stopped on leaving."""
 
-    def __init__(self, data: Path, workers: int = 1) -> None:
-        """Name the data folder; nothing is started yet."""
+    def __init__(
+        self, data: Path, workers: int = 1, *, environ: Mapping[str, str] | None = None, listen: str | None = None
+    ) -> None:
+        """Name the data folder; nothing is started yet.
+
+        Workers run with `environ` on top of this process's own environment. Other machines reach the farm at the address
+        `listen`; its `token` tells them how.
+        """
         require_extras()
-        self.data, self._worker_count = data, workers
+        self.data, self._worker_count, self._listen = data, workers, listen
+        self._environ = dict(environ or {})
+        self._gate: Child | None = None
+        self.token: str | None = None
         self._servers: list[Child] = []
         self._workers: list[Child] = []
         self._lock: IO[str] | None = None
@@ -62,8 +74,9 @@ class LocalFarm:
         self._take_lock()
         try:
             self._start_servers()
+            self._open_gate()
             self._register_demo()
-            self._workers = [self._start_worker(number) for number in range(1, self._worker_count + 1)]
+            self._workers = [self._start_worker(number) for number in range(1, self._worker_processes + 1)]
         except BaseException:
             self.stop()
             raise
@@ -105,6 +118,33 @@ class LocalFarm:
         self.farm.registry.reindex()
         self.farm.library.reindex()
 
+    def _open_gate(self) -> None:
+        """Let other machines in at the address asked for."""
+        if self._listen is None:
+            return
+        farm = FarmFile.read(self.data)
+        if farm is None:
+            raise NoFarm(f"in {self.data}")
+        inner = _ports(farm)
+        outer = free_ports(2)
+        pairs = [f"{port}:{target}" for port, target in zip(outer, inner, strict=True)]
+        script = str(Path(__file__).with_name("gate.py"))
+        self._gate = start("gate", [sys.executable, script, self._listen, *pairs], self.data / "logs")
+        host = self._listen if self._listen not in ("0.0.0.0", "::") else _own_address()  # noqa: S104 - asked for
+        self._gate.await_ready(lambda: _answers(host, outer[0]), GATE_READY_S)
+        public = {"redis_url": f"redis://{host}:{outer[0]}/0", "s3_endpoint": f"http://{host}:{outer[1]}"}
+        self.token = farm.model_copy(update=public).token
+        write_private(self.data / "join-token", self.token)
+
+    @property
+    def _is_simulated(self) -> bool:
+        return self._environ.get("LATENTFARM_ENGINE") == "simulated"
+
+    @property
+    def _worker_processes(self) -> int:
+        """How many supervisors there are: one for every real worker, one for all simulated ones."""
+        return min(1, self._worker_count) if self._is_simulated else self._worker_count
+
     @staticmethod
     def _own_environment() -> dict[str, str]:
         """Return the environment without what would point at another farm."""
@@ -123,8 +163,10 @@ class LocalFarm:
 
     def _start_worker(self, number: int) -> Child:
         command = [sys.executable, "-m", "latentfarm_worker", "--data", str(self.data)]
+        command += ["--workers", str(self._worker_count)] if self._is_simulated else []
         threads = {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // self._worker_count))}
-        return start(f"worker-{number}", command, self.data / "logs", self._own_environment() | threads)
+        environ = self._own_environment() | threads | self._environ
+        return start(f"worker-{number}", command, self.data / "logs", environ)
 
     def await_workers(self, is_stopped: Callable[[], bool] = lambda: False) -> None:
         """Wait until every worker is warm, or until `is_stopped` says so.
@@ -163,11 +205,26 @@ class LocalFarm:
         grace = self.farm.settings.grace_s if self._workers else 0.0
         for child in self._workers:
             child.stop(grace + 8)
-        for server in reversed(self._servers):
+        for server in [*([self._gate] if self._gate else []), *reversed(self._servers)]:
             server.stop(15)
-        self._workers, self._servers = [], []
+        self._workers, self._servers, self._gate = [], [], None
         if self._lock:
             self._lock.close()
+
+
+def _own_address() -> str:
+    """Return this machine's address as others see it; loopback if it has no other."""
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+        try:
+            probe.connect(("192.0.2.1", 9))  # sends nothing
+        except OSError:
+            return "127.0.0.1"
+        return str(probe.getsockname()[0])
+
+
+def _answers(host: str, port: int) -> bool:
+    with socket.socket() as sock:
+        return sock.connect_ex((host, port)) == 0
 
 
 def _ports(farm: FarmFile | None) -> list[int]:

@@ -31,7 +31,7 @@ def start_valkey(data: Path, farm: FarmFile) -> Child:
     folder.mkdir(parents=True, exist_ok=True)
     port = int(farm.redis_url.rpartition(":")[2].partition("/")[0])
     config = folder / "valkey.conf"
-    _write_private(
+    write_private(
         config,
         f"bind 127.0.0.1\nport {port}\nrequirepass {farm.redis_password}\ndir {json.dumps(str(folder))}\n"
         'appendonly yes\nappendfsync everysec\nsave ""\nmaxmemory 512mb\nmaxmemory-policy noeviction\ndaemonize no\n',
@@ -55,7 +55,7 @@ def start_s3(data: Path, farm: FarmFile, settings: Settings) -> Child:
         "actions": ["Admin", "Read", "Write", "List", "Tagging"],
     }
     config = data / "s3.json"
-    _write_private(config, json.dumps({"identities": [identity]}))
+    write_private(config, json.dumps({"identities": [identity]}))
     port = int(farm.s3_endpoint.rpartition(":")[2])
     others = iter(free_ports(9))
     flags = {
@@ -75,7 +75,8 @@ def start_s3(data: Path, farm: FarmFile, settings: Settings) -> Child:
     return child
 
 
-def _write_private(path: Path, text: str) -> None:
+def write_private(path: Path, text: str) -> None:
+    """Write a file that its owner alone may read."""
     descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
     with os.fdopen(descriptor, "w", encoding="utf-8") as file:
         file.write(text)

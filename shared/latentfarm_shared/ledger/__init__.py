@@ -1,6 +1,24 @@
 """The ledger: Redis holds every job, claim and lease; each transition is one atomic script."""
 
-from latentfarm_shared.ledger.ledger import Claim, Ledger, WorkerStatus
-from latentfarm_shared.ledger.states import ImageState, JobState, JobStatus
+from latentfarm_shared.ledger.ledger import Claim, Ledger
+from latentfarm_shared.ledger.states import (
+    ImageState,
+    JobEvent,
+    JobState,
+    JobStatus,
+    Limits,
+    Submission,
+    WorkerStatus,
+)
 
-__all__ = ["Claim", "ImageState", "JobState", "JobStatus", "Ledger", "WorkerStatus"]
+__all__ = [
+    "Claim",
+    "ImageState",
+    "JobEvent",
+    "JobState",
+    "JobStatus",
+    "Ledger",
+    "Limits",
+    "Submission",
+    "WorkerStatus",
+]

@@ -2,68 +2,95 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
-from collections.abc import Iterator, Sequence
+import threading
+import time
+from collections import OrderedDict
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from importlib.resources import files
-from typing import Any
+from typing import Any, TypeVar
 
 import redis
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import ValidationError
 
-from latentfarm_shared.errors import EmbeddingRefused, Unavailable, UnknownName
-from latentfarm_shared.ledger.states import STATE_OF_BYTE, ImageState, JobStatus
+from latentfarm_shared.errors import Busy, EmbeddingRefused, InvalidField, Unavailable, UnknownName
+from latentfarm_shared.ledger.queues import part_name
+from latentfarm_shared.ledger.states import (
+    STATE_OF_BYTE,
+    STATUS_FIELDS,
+    ImageState,
+    JobEvent,
+    JobStatus,
+    Limits,
+    Submission,
+    WorkerStatus,
+    job_status,
+    worker_status,
+)
 from latentfarm_shared.records import Lock
 from latentfarm_shared.settings import Settings
-from latentfarm_shared.specs import JobSpec, Lane
+from latentfarm_shared.specs import MAX_SPEC_BYTES, JobSpec, Lane
 
 LEASE_MS = 6_000
 ACKNOWLEDGE_MS = 2_000
 WAKE_UP_STALE_MS = 5_000
 WORKER_GONE_S = 10.0
-LANES: tuple[Lane, ...] = ("interactive", "batch")
-
-
-def queue_name(lane: Lane, checkpoint_hash: str) -> str:
-    """Return the name of the queue of one checkpoint in one lane."""
-    return f"{lane}:{checkpoint_hash}"
+T = TypeVar("T")
+SCRIPTS = ("base", "names", "jobs", "claims", "workers", "transitions")
+FULL = 0.7  # the share of Redis' memory above which no more work is taken
+SWEEP_STEP = 50
+SCAN_STEP = (200, 10_000)  # images handed out again and looked at in one step of a retry
+REMEMBERED = 512  # specs and locks that are kept in memory
+EVENTS_KEPT = 1100
 
 
 @dataclass(frozen=True)
 class Claim:
-    """An image handed to a worker under a lease; `token` fences off whoever held it before."""
+    """An image handed to a worker under a lease; `token` fences off whoever held it before.
+
+    The ledger knows an image by its `position` in the order its job is handed out, people by its index. A `doubtful` one
+    may have been published by somebody who could not say so.
+    """
 
     job: str
-    index: int
+    position: int
     token: str
+    queue: str
     spec: JobSpec
     lock: Lock
+    doubtful: bool = False
+
+    @property
+    def index(self) -> int:
+        """Which image of the job it is."""
+        return self.spec.layout.index_at(self.position)
 
     @property
     def member(self) -> str:
         """The claim's name in the ledger."""
-        return f"{self.job}/{self.index}"
+        return f"{self.job}/{self.position}"
 
 
-class WorkerStatus(BaseModel):
-    """What a worker says of itself with every beat."""
+@dataclass(frozen=True)
+class Reservation:
+    """What to do with a claimed image: `render` it, copy the picture the owner has, or nothing, for the claim is over.
 
-    model_config = ConfigDict(frozen=True)
+    `have` names the job and position of that picture.
+    """
 
-    name: str
-    pid: int
-    host: str
-    device: str
-    checkpoints: tuple[str, ...]
-    slots: int
-    claims: int
-    phase: str
-    draining: bool
-    loads: int
-    embeddings: int = 0
-    cache_hits: int = 0
-    cache_misses: int = 0
+    render: bool = False
+    have: tuple[str, int] | None = None
+
+
+@dataclass(frozen=True)
+class Orders:
+    """What a beat brings back: whether the worker is drained, and its claims of jobs that are closed."""
+
+    drained: bool = False
+    closed: tuple[str, ...] = ()
 
 
 class Ledger:
@@ -73,8 +100,12 @@ class Ledger:
         """Use this client; nothing is sent yet. A wake-up unanswered for `wake_up_stale_ms` counts as lost."""
         self.redis: Any = client  # redis-py annotates answers as bytes, str and more at once; ours are bytes
         self._lease_ms, self._stale_ms = lease_ms, wake_up_stale_ms
-        script = files(__package__).joinpath("ledger.lua").read_text(encoding="utf-8")
-        self._script = client.register_script(script)
+        folder = files(__package__).joinpath("scripts")
+        self._source = "\n".join(folder.joinpath(f"{name}.lua").read_text(encoding="utf-8") for name in SCRIPTS)
+        self._sha = hashlib.sha1(self._source.encode(), usedforsecurity=False).hexdigest()
+        self._frozen: OrderedDict[tuple[str, str], Any] = OrderedDict()
+        self._guard = threading.Lock()
+        self._memory = (0.0, 0.0)
 
     @classmethod
     def connect(cls, settings: Settings) -> Ledger:
@@ -93,17 +124,98 @@ class Ledger:
         with translated():
             self.redis.ping()
 
-    def submit(self, job: str, spec: JobSpec, lock: Lock, pins: Sequence[tuple[str, str]] = ()) -> bool:
-        """Write a job down and pin the names it uses (key, content id); False if a job of this id is already there.
+    # ---- jobs
+
+    def submit(
+        self, job: str, spec: JobSpec, locks: Sequence[Lock], pins: Sequence[tuple[str, str]] = ()
+    ) -> Submission:
+        """Write a job down, with a lock for every checkpoint it draws on, and pin the names it uses (key, content id).
+
+        A job of this id, or of the same owner and client key, is left as it is.
 
         Raises:
             EmbeddingRefused: a name was removed or disabled since it was looked up.
+            Busy: the owner has too much waiting, or Redis too little memory.
         """
-        fixed = job, spec.encode(), lock.encode(), spec.total, spec.lane, lock.checkpoint.hash
-        answer = self._call("submit", *fixed, json.dumps(pins))
-        if isinstance(answer, bytes):
-            raise EmbeddingRefused(answer.decode().partition("/")[2], "it was removed or disabled a moment ago")
-        return bool(answer)
+        self._refuse_when_full()
+        record = _job_record(spec, locks)
+        self._before_submit(record)
+        answer = self._call("submit", job, json.dumps(record), json.dumps(pins))
+        kind, *rest = (part.decode() if isinstance(part, bytes) else part for part in answer)
+        if kind == "gone":
+            raise EmbeddingRefused(rest[0].partition("/")[2], "it was removed or disabled a moment ago")
+        if kind == "full":
+            queued, most = rest
+            raise Busy(f"{queued} of your images wait and {most} may", self.wait_s(spec.lane))
+        return Submission(rest[0], kind == "new")
+
+    @staticmethod
+    def _before_submit(record: dict[str, Any]) -> None:
+        if len(record["spec"].encode()) > MAX_SPEC_BYTES:
+            raise InvalidField("spec", f"is larger than {MAX_SPEC_BYTES} bytes; put long lists into a file of rows")
+
+    def _refuse_when_full(self) -> None:
+        """Refuse work while Redis has little memory left; looked up once a second.
+
+        Raises:
+            Busy: it has.
+        """
+        at, share = self._memory
+        if time.monotonic() - at > 1 or not at:
+            with translated():
+                info = self.redis.info("memory")
+            most = int(info.get("maxmemory", 0))
+            share = int(info["used_memory"]) / most if most else 0.0
+            self._memory = time.monotonic(), share
+        if share > FULL:
+            raise Busy(f"Redis has {share:.0%} of its memory in use", self.wait_s("batch"))
+
+    def wait_s(self, lane: Lane) -> int:
+        """Return after how many seconds a tenth of what waits in a lane should be done, 1 to 3600."""
+        with translated():
+            waiting = float(self.redis.hget("lf:load", lane) or 0)
+        rate = sum(worker.rate for worker in self.workers())
+        return int(min(max(0.1 * waiting / rate, 1), 3600)) if rate else 30
+
+    def cancel(self, job: str) -> None:
+        """Cancel a job.
+
+        Raises:
+            UnknownName: there is none of this id.
+        """
+        self._known(job, self._call("cancel", job))
+
+    def pause(self, job: str) -> None:
+        """Hand out no more of a job's images; what is in flight goes on. Raises UnknownName."""
+        self._known(job, self._call("hold", job, "paused", "1"))
+
+    def resume(self, job: str) -> None:
+        """Go on with a paused job. Raises UnknownName."""
+        self._known(job, self._call("hold", job, "paused", ""))
+
+    def approve(self, job: str) -> None:
+        """Go on with a job that waits for approval; one that has not got there will not wait. Raises UnknownName."""
+        self._known(job, self._call("hold", job, "gated", ""))
+
+    def prioritise(self, job: str, priority: int) -> None:
+        """Put a job before (above 0) or behind (below 0) its owner's others. Raises UnknownName."""
+        self._known(job, self._call("prioritise", job, priority))
+
+    def retry(self, job: str, *, missing: bool = False) -> None:
+        """Hand out again the images that failed; if `missing`, those canceled or expired too. Raises UnknownName.
+
+        Images are looked at in steps; if this process ends on the way, the sweeper goes on.
+        """
+        self._known(job, self._call("retry", job, int(missing)))
+        while self._call("scan", job, *SCAN_STEP):
+            pass
+
+    @staticmethod
+    def _known(job: str, answer: object) -> None:
+        if not answer:
+            raise UnknownName("job", job)
+
+    # ---- names of embeddings
 
     def put_name(self, key: str, number: int, entry: str, *, anew: bool = False) -> bool:
         """Index a name's record; False if a later one is there. `anew` replaces one of the same number too."""
@@ -113,9 +225,19 @@ class Ledger:
         """Mark a name removed; return how many unfinished jobs pin it and, without `force`, keep it."""
         return int(self._call("take_name", key, int(force)))
 
+    def embeddings_failed(self, content_ids: Sequence[str]) -> list[str]:
+        """Note that an image failed that used these; return those that never worked and failed five times now."""
+        return [item.decode() for item in self._call("embeddings_failed", *content_ids)] if content_ids else []
+
+    def embeddings_worked(self, content_ids: Sequence[str]) -> None:
+        """Note that a picture was published that used these."""
+        self._call("embeddings_worked", *content_ids)
+
+    # ---- claims
+
     def progress(self, claim: Claim, story: dict[str, float | str]) -> bool:
-        """Say how far a claimed image is; False if the claim was lost or the job canceled."""
-        return bool(self._call("progress", claim.job, claim.index, claim.token, json.dumps(story)))
+        """Say how far a claimed image is; False if the claim was lost or the job closed."""
+        return bool(self._call("progress", claim.job, claim.position, claim.token, json.dumps(story)))
 
     def acknowledge(self) -> None:
         """Wait until all that was written before is in the server's log on disk, where the server can tell.
@@ -127,33 +249,47 @@ class Ledger:
             with suppress(redis.ResponseError):  # an older server, or one without a log
                 connection.execute_command("WAITAOF", 1, 0, ACKNOWLEDGE_MS)
 
-    def claim(self, worker: str, queues: Sequence[str]) -> Claim | None:
-        """Take the most urgent image of `queues`, which stand in order of urgency."""
-        while found := self._call("claim", worker, self._lease_ms, *queues):
-            job, index, token, spec, lock = found
+    def claim(self, worker: str, queues: Sequence[str], cold: Collection[str] = ()) -> Claim | None:
+        """Take the most urgent image of `queues`, which stand in order of urgency, lanes together.
+
+        A queue in `cold` is of a checkpoint that is not in memory: it may wait a little for the others.
+        """
+        flat = [item for queue in queues for item in (queue, "0" if queue in cold else "1")]
+        while found := self._call("claim", worker, self._lease_ms, *flat):
+            job, position, token, queue, doubtful = found
             try:
-                return Claim(job.decode(), int(index), token.decode(), JobSpec.decode(spec), Lock.decode(lock))
-            except ValidationError as error:
+                spec, lock = self._spec_and_lock(job.decode(), queue.decode().partition(":")[2])
+            except (ValidationError, UnknownName) as error:
                 story = json.dumps({"code": "UNREADABLE_JOB", "message": str(error), "worker": worker})
-                self._call("finish", job, index, token, worker, "f", story)
+                self._call("finish", job, position, token, worker, "f", story, "")
+            else:
+                return Claim(job.decode(), int(position), token.decode(), queue.decode(), spec, lock, bool(doubtful))
         return None
 
-    def succeed(self, claim: Claim, worker: str) -> bool:
-        """Mark an image as published; False if the claim was lost."""
-        return bool(self._call("finish", claim.job, claim.index, claim.token, worker, "s", ""))
+    def reserve(self, claim: Claim, content_id: str) -> Reservation:
+        """Ask whether a claimed image is to be rendered, or the owner has it, or somebody renders it right now."""
+        answer = self._call("reserve", claim.job, claim.position, claim.token, content_id)
+        kind = answer[0].decode()
+        if kind != "have":
+            return Reservation(render=kind == "render")
+        job, _, position = answer[1].decode().rpartition("/")
+        return Reservation(have=(job, int(position)))
+
+    def succeed(self, claim: Claim, worker: str, cost: int | None = None) -> bool:
+        """Mark an image as published, which cost so many pixel-steps; False if the claim was lost."""
+        return self._finish(claim, worker, "s", "", cost)
 
     def fail(self, claim: Claim, worker: str, code: str, message: str) -> bool:
         """Mark an image as failed; False if the claim was lost."""
-        story = json.dumps({"code": code, "message": message, "worker": worker})
-        return bool(self._call("finish", claim.job, claim.index, claim.token, worker, "f", story))
+        return self._finish(claim, worker, "f", json.dumps({"code": code, "message": message, "worker": worker}), None)
 
-    def cancel_image(self, claim: Claim, worker: str) -> bool:
-        """Mark an image of a canceled job as canceled; False if the claim was lost."""
-        return bool(self._call("finish", claim.job, claim.index, claim.token, worker, "c", ""))
+    def _finish(self, claim: Claim, worker: str, byte: str, story: str, cost: int | None) -> bool:
+        spent = "" if cost is None else cost
+        return bool(self._call("finish", claim.job, claim.position, claim.token, worker, byte, story, spent))
 
     def release(self, claim: Claim, worker: str) -> bool:
         """Hand an image back without a mark against it; False if the claim was lost."""
-        return bool(self._call("release", claim.job, claim.index, claim.token, worker))
+        return bool(self._call("release", claim.job, claim.position, claim.token, worker))
 
     def claims(self, worker: str) -> set[str]:
         """Return the members of every claim in a worker's name."""
@@ -164,25 +300,101 @@ class Ledger:
         """Hand back an image that is claimed in the worker's name, but unknown to it."""
         return bool(self._call("disown", worker, member))
 
-    def beat(self, worker: str, fields: dict[str, str | int]) -> list[str]:
-        """Extend the worker's leases; return the claims whose jobs were canceled."""
+    # ---- workers and wake-ups
+
+    def beat(self, worker: str, fields: dict[str, str | int | float]) -> Orders:
+        """Extend the worker's leases; return what it is to know."""
         flat = [item for pair in fields.items() for item in pair]
-        return [member.decode() for member in self._call("beat", worker, self._lease_ms, *flat)]
+        drained, *closed = self._call("beat", worker, self._lease_ms, *flat)
+        return Orders(bool(drained), tuple(member.decode() for member in closed))
+
+    def bury(self, worker: str) -> int:
+        """Take back at once what a worker held whose process is dead; return how many images."""
+        return int(self._call("bury", worker))
 
     def leave(self, worker: str) -> None:
         """Take a worker off the list."""
         self._call("leave", worker)
 
-    def sweep(self) -> list[tuple[str, str]]:
-        """Take back what dead workers held; return the wake-ups (queue, ticket) that are missing."""
+    def note_rate(self, checkpoints: Sequence[str], rate: float) -> None:
+        """Note how many pixel-steps a second a busy worker did with these checkpoints."""
+        for checkpoint in checkpoints:
+            self._call("rate", checkpoint, round(rate, 3))
+
+    def rates(self, checkpoint: str) -> list[float]:
+        """Return the latest rates that workers measured with a checkpoint, pixel-steps a second."""
         with translated():
-            run_id = self.redis.info("server")["run_id"]
-        self._call("epoch", run_id, self._lease_ms)
-        while self._call("expire", 100) == 100:
+            return [float(item) for item in self.redis.lrange(f"lf:rates:{checkpoint}", 0, -1)]
+
+    def drain(self, station: str, *, on: bool = True) -> None:
+        """Tell a worker to claim nothing more, or to go on; a station keeps this over restarts.
+
+        Raises:
+            UnknownName: there is no such worker.
+        """
+        names = [status.station for status in self.workers()]
+        with translated():
+            if station not in names and not self.redis.sismember("lf:drained", station):
+                raise UnknownName.among("worker", station, names)
+            (self.redis.sadd if on else self.redis.srem)("lf:drained", station)
+
+    def set_aside(self, worker: str, story: str) -> None:
+        """Let a worker that keeps dying claim nothing until it is released."""
+        with translated():
+            self.redis.hset("lf:aside", worker, story)
+
+    def is_aside(self, worker: str) -> bool:
+        """Tell whether a worker is set aside."""
+        with translated():
+            return bool(self.redis.hexists("lf:aside", worker))
+
+    def aside(self) -> dict[str, str]:
+        """Return the workers that are set aside, each with its story."""
+        with translated():
+            return {name.decode(): story.decode() for name, story in self.redis.hgetall("lf:aside").items()}
+
+    def let_back(self, worker: str) -> None:
+        """Let a worker that was set aside work again.
+
+        Raises:
+            UnknownName: it was not.
+        """
+        with translated():
+            known = self.redis.hdel("lf:aside", worker)
+        if not known:
+            raise UnknownName.among("worker set aside", worker, self.aside())
+
+    def sweep(self, *, at_once: bool = False) -> list[tuple[str, str]]:
+        """Take back what dead workers held, end what is over; return the wake-ups (queue, ticket) that are missing.
+
+        Any process may; one does each second, or `at_once`.
+        """
+        if not self._call("epoch", "", self._lease_ms, int(at_once)):
+            return []
+        while self._call("expire", SWEEP_STEP) == SWEEP_STEP:
+            pass
+        while self._call("due", SWEEP_STEP) == SWEEP_STEP:
             pass
         with translated():
-            queues = sorted(name.decode() for name in self.redis.smembers("lf:queues"))
-        return [(queue, ticket) for queue in queues for ticket in self.ring(queue)]
+            scans, queues = self.redis.smembers("lf:scans"), self.redis.smembers("lf:queues")
+        for job in scans:
+            self._call("scan", job, *SCAN_STEP)
+        names = sorted(name.decode() for name in queues)
+        return [(queue, ticket) for queue in names for ticket in self.ring(queue)]
+
+    def tagged_queues(self) -> list[str]:
+        """Return the queues that ask for tags."""
+        with translated():
+            return [name.decode() for name in self.redis.smembers("lf:queues") if b"+" in name]
+
+    def closed_jobs(self, wait_s: float = 5.0) -> Iterator[str]:
+        """Yield jobs as they are canceled or expire, without end; what is missed, a beat tells."""
+        with translated(), self.redis.pubsub(ignore_subscribe_messages=True) as channel:
+            channel.subscribe("lf:closed")
+            while True:
+                message = channel.get_message(timeout=wait_s)
+                if message:
+                    yield message["data"].decode()
 
     def ring(self, queue: str) -> list[str]:
         """Return the tickets of the wake-ups to send to a queue now."""
@@ -192,16 +404,72 @@ class Ledger:
         """Note that a wake-up arrived."""
         self._call("answered", queue, ticket)
 
-    def cancel(self, job: str) -> None:
-        """Cancel a job.
+    # ---- what owners may have
 
-        Raises:
-            UnknownName: there is none of this id.
-        """
-        if not self._call("cancel", job):
-            raise UnknownName("job", job)
+    def set_limits(self, owner: str | None, limits: Limits) -> None:
+        """Set what an owner may have, or with None what everybody else may."""
+        key = "lf:limit" if owner is None else f"lf:limit:{owner}"
+        values = {name: value for name, value in limits.model_dump().items() if value is not None}
+        with translated(), self.redis.pipeline() as pipe:
+            pipe.delete(key)
+            if values:
+                pipe.hset(key, mapping=values)
+            pipe.execute()
 
-    # ---- reading; all in constant time but for `jobs` and `image_states`, which are paged
+    def limits(self, owner: str | None) -> Limits:
+        """Return what an owner may have, or with None what everybody else may."""
+        with translated():
+            found = self.redis.hgetall("lf:limit" if owner is None else f"lf:limit:{owner}")
+        return Limits.model_validate({name.decode(): value.decode() for name, value in found.items()})
+
+    def usage(self, owner: str) -> dict[str, int]:
+        """Return how many images of an owner are `queued` and `running`."""
+        with translated():
+            queued, running = self.redis.hmget(f"lf:owner:{owner}", "queued", "running")
+        return {"queued": int(queued or 0), "running": int(running or 0)}
+
+    # ---- manifests and retention
+
+    def dirty(self, limit: int = 20) -> list[str]:
+        """Return jobs whose manifest is behind, the longest first."""
+        with translated():
+            return [job.decode() for job in self.redis.zrange("lf:dirty", 0, limit - 1)]
+
+    def touched(self, job: str) -> list[tuple[int, str]]:
+        """Return the segments of a job's manifest that are behind, each with when it was touched last."""
+        with translated():
+            found = self.redis.zrange(f"lf:job:{job}:touched", 0, -1, withscores=True)
+        return [(int(segment), f"{score:.0f}") for segment, score in found]
+
+    def written(self, job: str, segments: Sequence[tuple[int, str]]) -> int:
+        """Note that segments were written as they were when touched; return how many are behind now."""
+        return int(self._call("written", job, *(item for pair in segments for item in pair)))
+
+    def clean(self, job: str) -> bool:
+        """Note that a final job's manifest is whole; False if something changed meanwhile."""
+        return bool(self._call("clean", job))
+
+    def outdated(self, limit: int = 20) -> list[str]:
+        """Return final jobs that were to be kept until now."""
+        with translated():
+            jobs = self.redis.zrangebyscore("lf:retention", "-inf", self._now_ms(), start=0, num=limit)
+        return [job.decode() for job in jobs]
+
+    def delete(self, job: str) -> bool:
+        """Forget a final job; False if it is not final."""
+        return bool(self._call("delete", job))
+
+    def take_turn(self, duty: str, seconds: float) -> bool:
+        """Tell whether a duty that one process does at a time is this one's for so many seconds."""
+        with translated():
+            return bool(self.redis.set(f"lf:turn:{duty}", 1, nx=True, px=int(seconds * 1000)))
+
+    def end_turn(self, duty: str, pause_s: float) -> None:
+        """End a turn; the next may begin after a pause."""
+        with translated():
+            self.redis.pexpire(f"lf:turn:{duty}", int(pause_s * 1000))
+
+    # ---- reading; all in constant time but for what is paged
 
     def status(self, job: str) -> JobStatus:
         """Return where a job stands.
@@ -210,43 +478,129 @@ class Ledger:
             UnknownName: there is none of this id.
         """
         with translated():
-            fields = {k.decode(): v.decode() for k, v in self.redis.hgetall(f"lf:job:{job}").items()}
+            values = self.redis.hmget(f"lf:job:{job}", STATUS_FIELDS)
+        fields = {name: value.decode() for name, value in zip(STATUS_FIELDS, values, strict=True) if value is not None}
         if not fields:
             raise UnknownName("job", job)
-        return _status(job, fields)
+        spec, lock = self._spec_and_lock(job, fields["parts"].partition(",")[0])
+        return job_status(job, fields, spec, lock)
 
-    def jobs(self, limit: int = 50) -> list[JobStatus]:
-        """Return the newest jobs first."""
+    def jobs(self, limit: int = 50, owner: str | None = None) -> list[JobStatus]:
+        """Return the newest jobs first, of one owner if given."""
         with translated():
-            ids = [name.decode() for name in self.redis.zrevrange("lf:jobs", 0, max(1, limit) - 1)]
+            key = "lf:jobs" if owner is None else f"lf:jobs:{owner}"
+            ids = [name.decode() for name in self.redis.zrevrange(key, 0, max(1, limit) - 1)]
         return [self.status(job) for job in ids]
 
-    def spec_and_lock(self, job: str) -> tuple[JobSpec, Lock]:
-        """Return what a job was asked for and frozen to.
+    def spec_and_lock(self, job: str, part: str | None = None) -> tuple[JobSpec, Lock]:
+        """Return what a job was asked for and frozen to, for one of its parts, by default the first.
+
+        Raises:
+            UnknownName: there is none of this id.
+        """
+        if part is None:
+            with translated():
+                parts = self.redis.hget(f"lf:job:{job}", "parts")
+            if parts is None:
+                raise UnknownName("job", job)
+            part = parts.decode().partition(",")[0]
+        return self._spec_and_lock(job, part)
+
+    def locks(self, job: str) -> list[Lock]:
+        """Return a job's locks, one for every checkpoint it draws on, in order.
 
         Raises:
             UnknownName: there is none of this id.
         """
         with translated():
-            spec, lock = self.redis.hmget(f"lf:job:{job}", "spec", "lock")
-        if spec is None or lock is None:
+            parts = self.redis.hget(f"lf:job:{job}", "parts")
+        if parts is None:
             raise UnknownName("job", job)
-        return JobSpec.decode(spec), Lock.decode(lock)
+        return [self._spec_and_lock(job, part)[1] for part in parts.decode().split(",")]
+
+    def _spec_and_lock(self, job: str, part: str) -> tuple[JobSpec, Lock]:
+        spec = self._remembered(job, "spec", JobSpec.decode)
+        return spec, self._remembered(job, f"lock:{part}", Lock.decode)
+
+    def spec(self, job: str) -> JobSpec:
+        """Return what a job was asked for, with prompts and seed settled.
+
+        Raises:
+            UnknownName: there is none of this id.
+        """
+        return self._remembered(job, "spec", JobSpec.decode)
+
+    def _remembered(self, job: str, field: str, decode: Callable[[bytes], T]) -> T:
+        """Return a field of a job that never changes, from memory or Redis."""
+        key = job, field
+        with self._guard:
+            if key in self._frozen:
+                self._frozen.move_to_end(key)
+                return self._frozen[key]  # type: ignore[no-any-return]
+        with translated():
+            text = self.redis.hget(f"lf:job:{job}", field)
+        if text is None:
+            raise UnknownName("job", job)
+        found = decode(text)
+        with self._guard:
+            self._frozen[key] = found
+            if len(self._frozen) > REMEMBERED:
+                self._frozen.popitem(last=False)
+        return found
 
     def image_states(self, job: str, start: int, stop: int) -> list[ImageState]:
         """Return the states of images `start` to `stop` (not included)."""
-        with translated():
-            known = self.redis.getrange(f"lf:job:{job}:states", start, stop - 1)
-            canceled = self.redis.hget(f"lf:job:{job}", "state") == b"canceled"
-        untouched: ImageState = "canceled" if canceled else "queued"
-        states = [STATE_OF_BYTE[byte] if byte else untouched for byte in known]
-        return states + [untouched] * (stop - start - len(states))
+        layout = self.spec(job).layout
+        return self.states_at(job, [layout.position_of(index) for index in range(start, stop)])
+
+    def states_at(self, job: str, positions: Sequence[int]) -> list[ImageState]:
+        """Return the states of the images at these positions."""
+        if not positions:
+            return []
+        first, last = positions[0], positions[-1]
+        with translated(), self.redis.pipeline(transaction=False) as pipe:
+            pipe.hget(f"lf:job:{job}", "closed")
+            if last - first == len(positions) - 1 and list(positions) == list(range(first, last + 1)):
+                pipe.getrange(f"lf:job:{job}:states", first, last)
+                closed, text = pipe.execute()
+                known = [text[i : i + 1] for i in range(len(positions))]
+            else:
+                for position in positions:
+                    pipe.getrange(f"lf:job:{job}:states", position, position)
+                closed, *known = pipe.execute()
+        untouched: ImageState = STATE_OF_BYTE[closed[0]] if closed else "queued"
+        return [STATE_OF_BYTE[byte[0]] if byte and byte[0] else untouched for byte in known]
 
     def image_error(self, job: str, index: int) -> dict[str, str] | None:
         """Return `code`, `message` and `worker` of a failed image."""
+        position = self.spec(job).layout.position_of(index)
+        return self.errors_at(job, [position])[0]
+
+    def errors_at(self, job: str, positions: Sequence[int]) -> list[dict[str, str] | None]:
+        """Return the stories of the images at these positions, None for those that did not fail."""
+        if not positions:
+            return []
         with translated():
-            text = self.redis.hget(f"lf:job:{job}:errors", str(index))
-        return json.loads(text) if text else None
+            texts = self.redis.hmget(f"lf:job:{job}:errors", [str(position) for position in positions])
+        return [json.loads(text) if text else None for text in texts]
+
+    def events(self, job: str, after: int = 0, limit: int = 1000) -> list[JobEvent]:
+        """Return what happened to a job since a version; the oldest of many are forgotten.
+
+        Raises:
+            UnknownName: there is none of this id.
+        """
+        layout = self.spec(job).layout
+        with translated():
+            found = self.redis.xrevrange(f"lf:job:{job}:events", count=EVENTS_KEPT)
+        events = []
+        for entry, fields in reversed(found):
+            version, position = int(fields[b"version"]), fields[b"position"]
+            if version > after:
+                index = layout.index_at(int(position)) if position else None
+                at = int(entry.partition(b"-")[0]) / 1000
+                events.append(JobEvent(version=version, what=fields[b"what"].decode(), index=index, at=at))
+        return events[:limit]
 
     def report_residents(self, worker: str, content_ids: Sequence[str]) -> None:
         """Say which embeddings a worker has in memory; forgotten after a minute without a word."""
@@ -266,20 +620,55 @@ class Ledger:
     def workers(self) -> list[WorkerStatus]:
         """Return the workers that beat lately."""
         with translated():
-            now = self.redis.time()[0]
-            names = self.redis.zrangebyscore("lf:workers", (now - WORKER_GONE_S) * 1000, "+inf")
-            found = []
-            for name in names:
-                fields = {k.decode(): v.decode() for k, v in self.redis.hgetall(b"lf:worker:" + name).items()}
-                if fields:
-                    claims = self.redis.scard(b"lf:worker:" + name + b":claims")
-                    held = self.redis.scard(b"lf:worker:" + name + b":embeddings")
-                    found.append(_worker(name.decode(), fields, claims, held))
-        return found
+            names = self.redis.zrangebyscore("lf:workers", self._now_ms() - WORKER_GONE_S * 1000, "+inf")
+            with self.redis.pipeline(transaction=False) as pipe:
+                for name in names:
+                    pipe.hgetall(b"lf:worker:" + name)
+                    pipe.scard(b"lf:worker:" + name + b":claims")
+                    pipe.scard(b"lf:worker:" + name + b":embeddings")
+                answers = pipe.execute()
+        rows = zip(names, answers[::3], answers[1::3], answers[2::3], strict=True)
+        return [worker_status(name.decode(), fields, claims, held) for name, fields, claims, held in rows if fields]
 
-    def _call(self, transition: str, *arguments: str | int) -> Any:
+    def _now_ms(self) -> int:
+        seconds, micros = self.redis.time()
+        return int(seconds) * 1000 + int(micros) // 1000
+
+    def _call(self, transition: str, *arguments: str | float | bytes) -> Any:
+        """Run a transition. A server that does not know the script has been restarted: it is told so first."""
         with translated():
-            return self._script(args=[transition, *arguments])
+            try:
+                return self.redis.evalsha(self._sha, 0, transition, *arguments)
+            except redis.exceptions.NoScriptError:
+                run_id = str(self.redis.info("server")["run_id"])
+                self.redis.eval(self._source, 0, "epoch", run_id, self._lease_ms, 0)
+                return self.redis.evalsha(self._sha, 0, transition, *arguments)
+
+
+def _job_record(spec: JobSpec, locks: Sequence[Lock]) -> dict[str, Any]:
+    """Return what is written down of a job."""
+    now_ms = time.time() * 1000
+    record: dict[str, Any] = {
+        "spec": spec.encode(),
+        "owner": locks[0].owner,
+        "lane": spec.lane,
+        "total": spec.total,
+        "cost": spec.mean_cost,
+        "priority": spec.priority,
+        "parts": [
+            [part_name(lock.checkpoint.hash, spec.requires), start, stop]
+            for lock, (start, stop) in zip(locks, spec.layout.parts, strict=True)
+        ],
+    }
+    record |= {f"lock:{part_name(lock.checkpoint.hash, spec.requires)}": lock.encode() for lock in locks}
+    optional = {
+        "key": spec.key,
+        "gate": spec.approve_after,
+        "expires_at": None if spec.expires_in is None else int(now_ms + spec.expires_in * 1000),
+        "max_runtime": None if spec.max_runtime is None else int(spec.max_runtime * 1000),
+        "keep_ms": None if spec.keep is None else int(spec.keep * 1000),
+    }
+    return record | {name: value for name, value in optional.items() if value is not None}
 
 
 @contextmanager
@@ -297,47 +686,3 @@ def translated() -> Iterator[None]:
         if "NOAUTH" not in str(error) and "WRONGPASS" not in str(error):
             raise
         raise Unavailable("Redis", "access denied", "check LATENTFARM_REDIS_URL or LATENTFARM_DATA") from error
-
-
-def _status(job: str, fields: dict[str, str]) -> JobStatus:
-    spec = JobSpec.decode(fields["spec"])
-    done: dict[ImageState, int] = {
-        "running": int(fields["running"]),
-        "succeeded": int(fields["succeeded"]),
-        "failed": int(fields["failed"]),
-        "canceled": int(fields["canceled"]),
-        "expired": int(fields["expired"]),
-    }
-    total = int(fields["total"])
-    return JobStatus.model_validate(
-        {
-            "id": job,
-            "state": fields["state"],
-            "total": total,
-            "counts": {"queued": total - sum(done.values()), **done},
-            "version": int(fields["version"]),
-            "created": int(fields["created"]) / 1000,
-            "model": spec.model,
-            "prompt": spec.prompt,
-            "progress": json.loads(fields["progress"]) if "progress" in fields else None,
-            "dropped": Lock.decode(fields["lock"]).dropped if '"dropped":[{' in fields["lock"] else (),
-        }
-    )
-
-
-def _worker(name: str, fields: dict[str, str], claims: int, embeddings: int) -> WorkerStatus:
-    return WorkerStatus(
-        name=name,
-        pid=int(fields.get("pid", 0)),
-        host=fields.get("host", ""),
-        device=fields.get("device", ""),
-        checkpoints=tuple(filter(None, fields.get("checkpoints", "").split(","))),
-        slots=int(fields.get("slots", 0)),
-        claims=claims,
-        phase=fields.get("phase", "starting"),
-        draining=fields.get("draining") == "1",
-        loads=int(fields.get("loads", 0)),
-        embeddings=embeddings,
-        cache_hits=int(fields.get("cache_hits", 0)),
-        cache_misses=int(fields.get("cache_misses", 0)),
-    )

@@ -6,13 +6,15 @@ that embedding; one that looks like a misspelt name is refused; any other is tex
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import product
+from itertools import islice, product, zip_longest
 
 from latentfarm_shared.errors import EmbeddingRefused, InvalidField, UnknownName, UsageError, nearest
 from latentfarm_shared.explicit import bare, folded, plain_name, requested, standing
+from latentfarm_shared.parameters import EmbeddingUse, Side
 from latentfarm_shared.prompts.attention import parse_attention
 from latentfarm_shared.prompts.chunks import Reading, chunk_prompt
 from latentfarm_shared.prompts.language import parse_negative, parse_positive, split_and, strip_comments
@@ -20,13 +22,21 @@ from latentfarm_shared.prompts.matching import Mention, NameMatcher
 from latentfarm_shared.prompts.passes import timelines
 from latentfarm_shared.prompts.tokens import ClipTokenizer
 from latentfarm_shared.records import CheckpointRecord, Dropped, EmbeddingRecord, Lock
-from latentfarm_shared.specs import EmbeddingUse, ImageSpec, JobSpec, Side, Value
+from latentfarm_shared.specs import NO_DATA, Data, ImageSpec, JobSpec
+from latentfarm_shared.sweeps.axes import Axis, Point
+from latentfarm_shared.sweeps.dynamic import texts
 
 _EXTRA_NETWORK = re.compile(r"<(\w+):[^<>]*>")
 _WORDS = re.compile(r"[^\s,.;!?()\[\]|:\"']+")
 MAX_PARTS, MAX_CHARACTERS, MAX_CHUNKS = 32, 200_000, 1024
 MAX_CHECKED = 10_000
+MAX_ROWS_AT_EVERY_POINT = 20
+PLAIN_LENGTH = 1000
+PLAIN_FIELDS = frozenset({"prompt", "negative_prompt", "seed", "cfg_scale", "variation_seed"})
+_MARKS = re.compile(r"[<>\[\]{}\\#]|embedding:|\bAND\b")
 _CODE_LIKE = re.compile(r"[\d_-]")
+_SIMPLE_WORDS = re.compile(r"[a-z0-9_'-]+")
+MAX_WORDS = 1_000_000
 
 
 @dataclass(frozen=True)
@@ -73,6 +83,9 @@ class Contract:
         self.known = {folded(record.name): record for record in known.values()}
         self._others, self._lookup = others, lookup
         self.matcher = NameMatcher(tokenizer, [r for r in known.values() if self._is_name(r)])
+        self._names = [name for name, record in self.known.items() if record.state == "active"]
+        self._starts = {words[0] for name in self.known if (words := _SIMPLE_WORDS.findall(name.lower()))}
+        self._harmless: set[str] = set()
 
     def _is_name(self, record: EmbeddingRecord) -> bool:
         """Tell whether a bare word means the embedding.
@@ -120,8 +133,8 @@ class Contract:
         reason += f"; it fits {' and '.join(map(repr, homes))}" if homes else ""
         return reason + (f"; what would fit: {', '.join(map(repr, fitting))}" if fitting else "")
 
-    def settle(self, spec: JobSpec) -> Settled:
-        """Resolve every embedding a spec asks for, at every point of its axes.
+    def settle(self, spec: JobSpec, data: Data = NO_DATA) -> Settled:
+        """Resolve every embedding a spec asks for, at every point of its axes and in every row.
 
         Raises:
             UnknownName, EmbeddingRefused, InvalidField: as `settle`.
@@ -130,18 +143,38 @@ class Contract:
         if spec.pack is not None:
             _refuse_changing(spec)
         asked = _with_uses(self, spec)
-        first = _Settlement(self, asked)
+        first = _Settlement(self, asked, data)
         first.check_all()
         final = asked.model_copy(update={"without": tuple(sorted(first.unwanted))})
         last = first
         if first.unwanted:
-            last = _Settlement(self, final, first.dropped)
+            last = _Settlement(self, final, data, first.dropped)
             last.check_all()
         _refuse_idle_strength(final)
-        return Settled(final if final.axes else final.drawn(), tuple(last.used.values()), tuple(last.dropped.values()))
+        return Settled(
+            final if final.is_sweep else final.drawn(), tuple(last.used.values()), tuple(last.dropped.values())
+        )
+
+    def says_nothing(self, prompt: str) -> bool:
+        """Tell whether a short prompt holds no word that any name starts with, nothing that looks like a name and no syntax.
+
+        False says that it has to be read properly.
+        """
+        if len(prompt) > PLAIN_LENGTH or not prompt.isascii() or _MARKS.search(prompt):
+            return False
+        words = set(_SIMPLE_WORDS.findall(prompt.lower()))
+        unknown = words - self._harmless
+        for word in unknown:
+            if any(start.startswith(word) or word.startswith(start) for start in self._starts):
+                return False
+            if _CODE_LIKE.search(word) and any(True for _ in _within_two_edits(word, self._names)):
+                return False
+        if len(self._harmless) < MAX_WORDS:
+            self._harmless |= unknown
+        return True
 
     def _refuse_clip_skip(self, spec: JobSpec) -> None:
-        swept = [int(value) for axis in spec.axes if axis.field == "clip_skip" for value in axis.values]
+        swept = [int(value) for axis in spec.swept if axis.field == "clip_skip" for value in axis.items]
         if max((spec.clip_skip, *swept)) > self.checkpoint.layers:
             raise InvalidField("clip_skip", f"model {self.checkpoint.name!r} takes 1 to {self.checkpoint.layers}")
 
@@ -178,7 +211,7 @@ def _with_uses(contract: Contract, spec: JobSpec) -> JobSpec:
         there |= {record.name.lower() for record in contract.mentions(bare(text), field, spec)}
         for use in spec.embeddings:
             if _side_of(use, contract) == _side(field) and plain_name(use.name).lower() not in there:
-                text = _with_word(text, f"<{use.name}>")
+                text = with_word(text, f"<{use.name}>")
                 there.add(plain_name(use.name).lower())
         return text
 
@@ -198,8 +231,10 @@ def _side_of(use: EmbeddingUse, contract: Contract) -> Side:
 class _Settlement:
     """One job on its way through the contract: what it uses, what it does without, which words are to go."""
 
-    def __init__(self, contract: Contract, spec: JobSpec, dropped: Mapping[str, Dropped] | None = None) -> None:
-        self._contract, self._spec = contract, spec
+    def __init__(
+        self, contract: Contract, spec: JobSpec, data: Data, dropped: Mapping[str, Dropped] | None = None
+    ) -> None:
+        self._contract, self._spec, self._data = contract, spec, data
         self.used: dict[str, EmbeddingRecord] = {}
         self.dropped: dict[str, Dropped] = dict(dropped or {})
         self.unwanted: set[str] = set(spec.without)
@@ -207,16 +242,47 @@ class _Settlement:
         self._seen: set[tuple[object, ...]] = set()
 
     def check_all(self) -> None:
-        """Check what every point of the axes asks for."""
+        """Check what every point of the axes and every row asks for."""
         for point in _points(self._spec):
-            requests = self._spec.requested_at(point)
+            self._check_point(point)
+        if self._spec.rows is not None:
+            self._check_rows(self._spec.rows.total)
+
+    def _check_rows(self, total: int) -> None:
+        """Check every row at the first point of the axes, and a few rows at every point."""
+        first = next(iter(_points(self._spec)))
+        for number in range(total):
+            try:
+                self._check_point(self._data.row(number) | first)
+            except InvalidField as error:
+                raise InvalidField(error.field, error.reason, number + 1) from error
+        for number in range(min(total, MAX_ROWS_AT_EVERY_POINT)):
+            for point in islice(_points(self._spec), MAX_ROWS_AT_EVERY_POINT):
+                self._check_point(self._data.row(number) | point)
+
+    def _check_point(self, point: Point) -> None:
+        """Check the prompts of one point, in every text its templates may come to."""
+        if self._is_plain(point):
+            return
+        nodes = self._spec.templates(point, self._data)
+        made = [[(field, text) for text in texts(node, MAX_CHECKED)] for field, node in nodes.items()]
+        for pairs in zip_longest(*made) if made else [()]:
+            chosen = {pair[0]: pair[1] for pair in pairs if pair is not None}
+            requests = self._spec.requested_at(point, chosen)
             asked = {field: self._requests(field, text) for field, text in requests.prompts}
-            job = self._spec.at(point)
+            job = self._spec.at(point, chosen)
             for field, prompt in job.prompts:
                 key = field, prompt, job.steps, job.sampler
                 if key not in self._seen:
                     self._seen.add(key)
                     self._check(job, field, prompt, asked[field])
+
+    def _is_plain(self, point: Point) -> bool:
+        """Tell whether a point changes nothing but words of which none can mean an embedding; seen at a glance."""
+        swept = point.keys() & {"prompt", "negative_prompt"}
+        if self._spec.rows is None or self._spec.dynamic != "off" or not point.keys() <= PLAIN_FIELDS or not self._seen:
+            return False
+        return all(self._contract.says_nothing(str(point[field])) for field in swept)
 
     def _requests(self, field: str, text: str) -> list[EmbeddingRecord]:
         """Return what a text asks for explicitly and may have."""
@@ -273,36 +339,51 @@ class _Settlement:
 def _each_text(spec: JobSpec, change: Callable[[str, str], str]) -> JobSpec:
     """Return the spec with every text that its prompts and axes hold changed; `change` takes a field and its text."""
     changed = spec.with_prompts({field: change(field, text) for field, text in spec.prompts})
-    axes = [
-        axis.model_copy(update={"values": tuple(change(axis.field, str(value)) for value in axis.values)})
-        if axis.is_text and axis.kind != "strength"
-        else axis
-        for axis in spec.axes
-    ]
-    return changed.model_copy(update={"axes": tuple(axes)})
+
+    def of_axes(axes: Sequence[Axis]) -> tuple[Axis, ...]:
+        return tuple(
+            axis.model_copy(update={"values": tuple(change(axis.field, str(value)) for value in axis.items)})
+            if axis.is_text and axis.kind != "strength"
+            else axis
+            for axis in axes
+        )
+
+    include = tuple(
+        {field: change(field, str(value)) if field.endswith("prompt") else value for field, value in point.items()}
+        for point in spec.include
+    )
+    return changed.model_copy(update={"axes": of_axes(spec.axes), "zipped": of_axes(spec.zipped), "include": include})
 
 
-def _points(spec: JobSpec) -> Iterator[dict[str, Value]]:
+def _points(spec: JobSpec) -> Iterator[Point]:
     """Yield every point at which prompts say something else; with too many of them, each value beside the others' first.
 
     Where prompts change while a picture is drawn, steps and sampler decide what is reached.
     """
     changing = any("[" in text for _, text in _all_texts(spec))
-    axes = [axis for axis in spec.axes if axis.is_text or (changing and axis.field in ("steps", "sampler"))]
-    first = {axis.field: axis.values[0] for axis in spec.axes}
-    if spec.text_variants <= MAX_CHECKED:
-        points = ({a.field: v for a, v in zip(axes, p, strict=True)} for p in product(*(a.values for a in axes)))
+    kept = {a.field for a in spec.swept if a.is_text or (changing and a.field in ("steps", "sampler"))}
+    first = {axis.field: axis.items[0] for axis in spec.swept}
+    columns = [column for column in spec.grid.columns if kept & set(column.fields)]
+    if math.prod(len(column) for column in columns) <= MAX_CHECKED:
+        for rows in product(*(range(len(column)) for column in columns)):
+            point = dict(first)
+            for column, row in zip(columns, rows, strict=True):
+                point |= column.at(row)
+            yield point
     else:
-        points = ({axis.field: value} for axis in axes for value in axis.values)
-    for point in points:
-        yield first | point
+        for column in columns:
+            for row in range(len(column)):
+                yield first | column.at(row)
+    yield from spec.include
 
 
 def _all_texts(spec: JobSpec) -> Iterator[tuple[str, str]]:
     yield from spec.prompts
-    for axis in spec.axes:
+    for axis in spec.swept:
         if axis.is_text and axis.kind != "strength":
-            yield from ((axis.field, str(value)) for value in axis.values)
+            yield from ((axis.field, str(value)) for value in axis.items)
+    for point in spec.include:
+        yield from ((field, str(value)) for field, value in point.items() if field.endswith("prompt"))
 
 
 def _refuse_idle_strength(spec: JobSpec) -> None:
@@ -311,7 +392,7 @@ def _refuse_idle_strength(spec: JobSpec) -> None:
     Raises:
         InvalidField: the name stands nowhere.
     """
-    for axis in spec.axes:
+    for axis in spec.swept:
         texts = (bare(text) for _, text in _all_texts(spec))
         if axis.kind == "strength" and not any(standing(axis.subject).search(text) for text in texts):
             raise InvalidField("axes", f"{axis.field}: {axis.subject!r} stands in none of the prompts")
@@ -377,7 +458,7 @@ def _segments(prompt: str, field: str, spec: JobSpec) -> Iterator[str]:
     yield from dict.fromkeys(segment.text for text in texts for segment in reading.segments(text))
 
 
-def _with_word(prompt: str, word: str) -> str:
+def with_word(prompt: str, word: str) -> str:
     """Add a word at the end of a prompt, or in front where the end belongs to a weight, an AND or an open bracket."""
     if not prompt.strip():
         return word

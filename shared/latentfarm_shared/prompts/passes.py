@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from latentfarm_shared.names import TRAITS
+from latentfarm_shared.parameters import HiresFix
 from latentfarm_shared.prompts.editing import Timeline
-from latentfarm_shared.specs import HiresFix, JobSpec
+from latentfarm_shared.specs import JobSpec
 
 
 def _is_old(job: JobSpec) -> bool:

@@ -12,7 +12,7 @@ from itertools import pairwise
 from typing import Literal
 
 import torch
-from latentfarm_shared.specs import SamplingOptions
+from latentfarm_shared.parameters import SamplingOptions
 from torch import Tensor
 
 from latentfarm_worker.sampling.steps import Noise, Sampler, Steps, Walk, ancestral, eta_of, slope

@@ -14,7 +14,7 @@ from itertools import groupby
 import numpy as np
 import torch
 from latentfarm_shared.names import TRAITS, effective_schedule
-from latentfarm_shared.specs import SamplingOptions
+from latentfarm_shared.parameters import SamplingOptions
 from torch import Tensor
 
 from latentfarm_worker.sampling.noise_model import NoiseModel

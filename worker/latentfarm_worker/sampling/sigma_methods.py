@@ -9,7 +9,7 @@ import math
 from itertools import pairwise
 
 import numpy as np
-from latentfarm_shared.specs import SamplingOptions
+from latentfarm_shared.parameters import SamplingOptions
 from torch import Tensor
 
 from latentfarm_worker.sampling.steps import Noise, Steps, Walk, ancestral, churned, eta_of, slope

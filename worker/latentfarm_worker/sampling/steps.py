@@ -7,7 +7,7 @@ from collections.abc import Callable, Generator
 from dataclasses import dataclass
 from typing import Protocol
 
-from latentfarm_shared.specs import SamplingOptions
+from latentfarm_shared.parameters import SamplingOptions
 from torch import Tensor
 
 Steps = Generator[tuple[Tensor, float], Tensor, Tensor]

@@ -10,7 +10,7 @@ import math
 
 import numpy as np
 import torch
-from latentfarm_shared.specs import SamplingOptions
+from latentfarm_shared.parameters import SamplingOptions
 from numpy.typing import NDArray
 from torch import Tensor
 

@@ -1,0 +1,604 @@
+"""Files of jobs: sweeps in YAML or JSON, tables in JSONL or CSV. All of a file is checked, and every error located.
+
+A sweep file has `name`, `defaults` (fields of a job), `matrix` (axes that multiply), `zip` (axes that advance together),
+`include`, `exclude`, `items` (rows) or `rows` (the name of a table beside it), `wildcards`, and fields of the whole job
+such as `order` or `priority`. A table has one image a line; its rows are streamed into the store, however many.
+"""
+
+from __future__ import annotations
+
+import csv
+import hashlib
+import json
+import re
+import secrets
+import sys
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import IO, Any
+
+import yaml
+from latentfarm_shared.errors import InvalidField, UnknownName, UnreadableFile, UsageError, nearest
+from latentfarm_shared.parameters import EmbeddingUse, Side, printable, short
+from latentfarm_shared.prompts.contract import with_word
+from latentfarm_shared.specs import JOB_FIELDS, MAX_IMAGES, MAX_SEED, JobSpec, check_value
+from latentfarm_shared.tables import RowWriter, TableStore
+
+MAX_SWEEP_BYTES, MAX_NODES, MAX_DEPTH = 16 * 2**20, 500_000, 12
+MAX_LINE = 2**20
+MAX_ERRORS, SHOWN_ERRORS = 100, 20
+MAX_GROUPS = 200
+TABLES = (".jsonl", ".ndjson", ".csv", ".tsv")
+SWEEPS = (".yaml", ".yml", ".json")
+SECTIONS = ("name", "defaults", "matrix", "zip", "include", "exclude", "items", "rows", "wildcards")
+_SPAN = re.compile(r"\s*(\d+)\s*\.\.\s*(\d+)(?:\s*(?:\.\.|step)\s*(\d+))?\s*")
+_DURATION = re.compile(r"\s*(\d+(?:\.\d+)?)\s*([smhdw]?)\s*")
+_SECONDS = {"": 1, "s": 1, "m": 60, "h": 3600, "d": 86400, "w": 604800}
+DURATIONS = ("expires_in", "max_runtime", "keep")
+QUICK = frozenset(
+    {"prompt", "negative_prompt", "seed", "steps", "cfg_scale", "sampler", "schedule", "clip_skip", "variation_seed"}
+)
+IN_ROWS = (frozenset(JobSpec.model_fields) - JOB_FIELDS) | {"seed"}
+
+Where = tuple[int, int]
+
+
+@dataclass(frozen=True)
+class RowError:
+    """Something wrong in a file: `field` at line and column, both from 1; 0 where there is none."""
+
+    file: str
+    line: int
+    column: int
+    field: str
+    reason: str
+
+    def __str__(self) -> str:
+        """Say where and what."""
+        place = f"line {self.line}" + (f", column {self.column}" if self.column else "")
+        return f"{self.file}: {place}: {self.field}: {self.reason}"
+
+
+class InvalidRows(UsageError):
+    """A file of jobs holds what the farm does not take; `errors` say what and where. Nothing is queued."""
+
+    code = "INVALID_ROWS"
+
+    def __init__(self, errors: tuple[RowError, ...]) -> None:
+        super().__init__(errors)
+        self.errors = errors
+
+    def __str__(self) -> str:
+        """List the first errors, one a line."""
+        more = len(self.errors) - SHOWN_ERRORS
+        lines = [str(error) for error in self.errors[:SHOWN_ERRORS]]
+        return "\n".join([*lines, *([f"… and {more} more"] if more > 0 else [])])
+
+
+@dataclass(frozen=True)
+class JobFile:
+    """The jobs of a file, their rows in the store, and the sha256 of what was read."""
+
+    specs: tuple[JobSpec, ...]
+    digest: str
+
+
+def read_job_file(
+    path: Path, tables: TableStore, defaults: Mapping[str, Any], side_of: Callable[[str], Side] | None = None
+) -> JobFile:
+    """Read a file of jobs; `-` is a table in JSONL on standard input. `side_of` tells an embedding's own prompt.
+
+    Raises:
+        InvalidRows: what is wrong, and where.
+        UnreadableFile: it cannot be read at all.
+    """
+    reader = _Reader(path, tables, defaults, side_of or (lambda _name: "positive"))
+    suffix = path.suffix.lower()
+    if str(path) != "-" and suffix not in (*TABLES, *SWEEPS):
+        raise UnreadableFile(str(path), f"should end in {', '.join((*SWEEPS, *TABLES))}")
+    try:
+        specs = reader.sweep() if suffix in SWEEPS else reader.table(path, defaults)
+    except (OSError, UnicodeDecodeError) as error:
+        raise UnreadableFile(str(path), f"cannot be read as UTF-8 text ({error})") from error
+    if not specs and not reader.errors:
+        raise UnreadableFile(str(path), "holds no job")
+    reader.raise_errors()
+    return JobFile(tuple(specs), reader.digest.hexdigest())
+
+
+class _Enough(Exception):
+    """So many errors were found that the rest may wait."""
+
+
+@dataclass
+class _Group:
+    """Rows that share the fields of their job."""
+
+    fields: dict[str, Any]
+    writer: RowWriter
+    first: dict[str, Any] = field(default_factory=dict)
+
+
+class _Reader:
+    def __init__(
+        self, path: Path, tables: TableStore, defaults: Mapping[str, Any], side_of: Callable[[str], Side]
+    ) -> None:
+        self._path, self._tables, self._side_of = path, tables, side_of
+        self.errors: list[RowError] = []
+        self.digest = hashlib.sha256(json.dumps(dict(defaults), sort_keys=True, default=str).encode())
+        self._defaults = dict(defaults)
+        self._valid: set[tuple[str, Any]] = set()
+
+    def raise_errors(self) -> None:
+        """Raise what was found."""
+        if self.errors:
+            raise InvalidRows(tuple(self.errors))
+
+    def _wrong(self, where: Where, name: str, reason: str, file: Path | None = None) -> None:
+        self.errors.append(RowError(str(file or self._path), where[0], where[1], name, reason))
+        if len(self.errors) >= MAX_ERRORS:
+            raise _Enough
+
+    # ---- tables
+
+    def table(self, path: Path, defaults: Mapping[str, Any]) -> list[JobSpec]:
+        """Read a table; rows that ask for other checkpoints, lanes … than the first become jobs of their own."""
+        try:
+            with _open(path) as file:
+                rows = _csv(file, path) if path.suffix.lower() in (".csv", ".tsv") else _jsonl(file)
+                return self._jobs(self._rows(self._digested(rows), path), dict(defaults), path.stem)
+        except _Enough:
+            return []
+
+    def _digested(self, rows: Iterable[_Line]) -> Iterator[_Line]:
+        for line in rows:
+            self.digest.update(line.text.encode() + b"\n")
+            yield line
+
+    def _rows(self, lines: Iterable[_Line], path: Path) -> Iterator[tuple[Where, dict[str, Any]]]:
+        for line in lines:
+            if line.error is not None:
+                self._wrong((line.number, line.error[0]), "row", line.error[1], path)
+            else:
+                yield (line.number, 0), _Located(line.values, line)
+
+    def _jobs(self, rows: Iterable[tuple[Where, dict[str, Any]]], defaults: dict[str, Any], name: str) -> list[JobSpec]:
+        """Check rows and stream them into the store, by the jobs they belong to."""
+        base = {k: v for k, v in defaults.items() if k != "embeddings"}
+        groups: dict[str, _Group] = {}
+        total = 0
+        for where, row in rows:
+            try:
+                values = self._checked(row, base, defaults.get("embeddings", []))
+            except InvalidField as error:
+                line = row.line if isinstance(row, _Located) else None
+                place = (where[0], line.column_of(error.field) if line else where[1])
+                self._wrong(place, error.field, error.reason, self._path if line is None else None)
+                continue
+            shared = {k: v for k, v in values.items() if k not in IN_ROWS and k != "count"}
+            group = groups.get(key := json.dumps(shared, sort_keys=True, default=str))
+            if group is None:
+                if len(groups) == MAX_GROUPS:
+                    raise InvalidField("file", f"its rows make more than {MAX_GROUPS} different jobs")
+                group = groups[key] = _Group(shared, self._tables.writer(name))
+            for number in range(values.get("count", 1)):
+                own = {k: v for k, v in values.items() if k in IN_ROWS}
+                seed = own.get("seed", base.get("seed", -1))
+                own["seed"] = secrets.randbelow(MAX_SEED) if seed == -1 else seed + number
+                group.first = group.first or own
+                group.writer.add(own)
+                total += 1
+            if total > MAX_IMAGES:
+                self._wrong(where, "file", f"has more than {MAX_IMAGES} images")
+                raise _Enough
+        self.raise_errors()
+        return [self._job_of(group, base, name) for group in groups.values()]
+
+    def _job_of(self, group: _Group, base: dict[str, Any], name: str) -> JobSpec:
+        values = {"name": name} | base | group.fields
+        if group.writer.total == 1:
+            return JobSpec.check(values | group.first)
+        return JobSpec.check(values | {"seed": 0, "rows": group.writer.close().model_dump()})
+
+    def _checked(self, row: dict[str, Any], base: dict[str, Any], uses: Iterable[Any]) -> dict[str, Any]:
+        """Return a row's fields, with its embeddings written into its prompts.
+
+        Raises:
+            InvalidField: the field and why.
+        """
+        unknown = next((name for name in row if name not in JobSpec.model_fields), None)
+        if unknown is not None:
+            near = nearest(str(unknown), JobSpec.model_fields, 1)
+            raise InvalidField(str(unknown), "is not a field" + (f"; did you mean {near[0]}?" if near else ""))
+        values = dict(row)
+        for name in DURATIONS:
+            if name in values:
+                values[name] = duration(name, values[name])
+        if "count" in values and not (isinstance(values["count"], int) and 1 <= values["count"] <= MAX_IMAGES):
+            raise InvalidField("count", f"should be 1 to {MAX_IMAGES}, got {short(values['count'])}")
+        for name in ("prompt", "negative_prompt", "seed", "steps", "cfg_scale", "sampler", "schedule"):
+            if name in values:
+                self._check(name, values[name])
+        if not (values.keys() | base.keys()) <= QUICK:
+            _check_whole(base | values)
+        own = [EmbeddingUse.parse(u) if isinstance(u, str) else EmbeddingUse.model_validate(u)
+               for u in (*uses, *values.pop("embeddings", []))]  # fmt: skip
+        for use in own:
+            side = use.side or self._side_of(use.name)
+            name = "negative_prompt" if side == "negative" else "prompt"
+            text = str(values.get(name, base.get(name, "")))
+            values[name] = text if use.name.lower() in text.lower() else with_word(text, f"<{use.name}>")
+        return values
+
+    def _check(self, name: str, value: Any) -> None:
+        """Check one field by itself; what was found good once is good."""
+        if name in ("prompt", "negative_prompt"):
+            if not isinstance(value, str) or len(value) > MAX_PROMPT or "\0" in value:
+                _check_value(name, value)
+                printable(value)
+            return
+        if not isinstance(value, int | float | str) or isinstance(value, bool):
+            _check_value(name, value)
+        elif (name, value) not in self._valid:
+            _check_value(name, value)
+            if len(self._valid) < 100_000:
+                self._valid.add((name, value))
+
+    # ---- sweeps
+
+    def sweep(self) -> list[JobSpec]:
+        """Read a sweep file."""
+        try:
+            return self._sweep()
+        except _Enough:
+            return []
+
+    def _sweep(self) -> list[JobSpec]:
+        if self._path.stat().st_size > MAX_SWEEP_BYTES:
+            raise UnreadableFile(str(self._path), f"is larger than {MAX_SWEEP_BYTES} bytes; put rows into a table")
+        text = self._path.read_text(encoding="utf-8-sig")
+        self.digest.update(text.encode())
+        marked = _Marked(text, str(self._path))
+        if not isinstance(marked.value, dict):
+            self._wrong((1, 1), "file", "should be a mapping with sections such as defaults and matrix")
+            return []
+        values, content = dict(self._defaults), marked.value
+        self._check_sections(content, marked)
+        for section in ("defaults", *(name for name in content if name not in SECTIONS)):
+            values |= self._fields(section, content, marked)
+        values |= {"name": str(content.get("name", self._path.stem))}
+        values |= {"axes": self._axes("matrix", content, marked), "zipped": self._axes("zip", content, marked)}
+        values |= {part: self._points(part, content, marked) for part in ("include", "exclude")}
+        values |= {"wildcards": self._wildcards(content, marked)}
+        self.raise_errors()
+        return self._rows_of(content, values, marked)
+
+    def _rows_of(self, content: dict[str, Any], values: dict[str, Any], marked: _Marked) -> list[JobSpec]:
+        values = {name: value for name, value in values.items() if value not in ([], {}, None)}
+        if content.get("rows"):
+            specs = self.table(self._path.parent / str(content["rows"]), values)
+        elif content.get("items"):
+            rows = ((marked.at("items", number), item) for number, item in enumerate(content["items"]))
+            checked = (pair for pair in rows if self._is_mapping("items", pair))
+            specs = self._jobs(checked, values, str(values["name"]))
+        else:
+            try:
+                values["embeddings"] = [
+                    EmbeddingUse.parse(u) if isinstance(u, str) else u for u in values.get("embeddings", [])
+                ]
+                specs = [JobSpec.check(values)]
+            except (InvalidField, UnknownName) as error:
+                name = error.field if isinstance(error, InvalidField) else error.kind
+                reason = error.reason if isinstance(error, InvalidField) else str(error)
+                self._wrong(marked.near(name), name, reason)
+                specs = []
+        return specs
+
+    def _is_mapping(self, section: str, pair: tuple[Where, Any]) -> bool:
+        if not isinstance(pair[1], dict):
+            self._wrong(pair[0], section, f"should be a mapping of fields, got {short(pair[1])}")
+            return False
+        return True
+
+    def _check_sections(self, content: dict[str, Any], marked: _Marked) -> None:
+        known = (*SECTIONS, *JOB_FIELDS, *JobSpec.model_fields)
+        for name in content:
+            if name not in known:
+                near = nearest(str(name), known, 1)
+                hint = f"; did you mean {near[0]}?" if near else ""
+                self._wrong(marked.at(name), str(name), f"is no section and no field{hint}")
+        for name, kind in (("defaults", dict), ("matrix", dict), ("zip", dict), ("include", list), ("exclude", list),
+                           ("items", list)):  # fmt: skip
+            if not isinstance(content.get(name, kind()), kind) and content.get(name) is not None:
+                what = "a mapping" if kind is dict else "a list"
+                self._wrong(marked.at(name), name, f"should be {what}, got {short(content[name])}")
+                content[name] = kind()
+
+    def _fields(self, section: str, content: dict[str, Any], marked: _Marked) -> dict[str, Any]:
+        """Return the fields that a section, or a field at the top, sets."""
+        found = content.get(section)
+        if section != "defaults":
+            found = {section: found}
+        values = {}
+        for name, value in (found or {}).items():
+            where = marked.at(section, name) if section == "defaults" else marked.at(name)
+            if name not in JobSpec.model_fields:
+                near = nearest(str(name), JobSpec.model_fields, 1)
+                self._wrong(where, str(name), "is not a field" + (f"; did you mean {near[0]}?" if near else ""))
+                continue
+            try:
+                values[name] = duration(name, value) if name in DURATIONS and value is not None else value
+            except InvalidField as error:
+                self._wrong(where, error.field, error.reason)
+            if name == "dynamic" and value is False:
+                values[name] = "off"  # YAML reads `off` as false
+        return values
+
+    def _axes(self, section: str, content: dict[str, Any], marked: _Marked) -> list[dict[str, Any]]:
+        """Return the axes of `matrix` or `zip`: lists, single values, or spans such as 1..400."""
+        axes = []
+        for name, value in (content.get(section) or {}).items():
+            span = _SPAN.fullmatch(value) if isinstance(value, str) else None
+            if span:
+                first, last, step = (int(part) if part else 1 for part in span.groups())
+                axes.append({"field": str(name), "values": {"first": first, "last": last, "step": step}})
+                continue
+            items = value if isinstance(value, list) else [value]
+            for number, item in enumerate(items):
+                where = marked.at(section, name, number) if isinstance(value, list) else marked.at(section, name)
+                self._check_item(str(name), item, where)
+            if not items:
+                self._wrong(marked.at(section, name), str(name), "has no values")
+            axes.append({"field": str(name), "values": items})
+        return axes
+
+    def _check_item(self, name: str, item: Any, where: Where) -> None:
+        if not isinstance(item, int | float | str) or isinstance(item, bool):
+            self._wrong(where, name, f"should be a number or a text, got {short(item)}")
+        elif ":" not in name and name in JobSpec.model_fields and name not in ("axes", "zipped"):
+            try:
+                _check_value(name, item)
+            except InvalidField as error:
+                self._wrong(where, name, error.reason)
+
+    def _points(self, section: str, content: dict[str, Any], marked: _Marked) -> list[dict[str, Any]]:
+        points = []
+        for number, point in enumerate(content.get(section) or []):
+            if self._is_mapping(section, (marked.at(section, number), point)):
+                for name, value in point.items():
+                    self._check_item(str(name), value, marked.at(section, number, name))
+                points.append({str(name): value for name, value in point.items()})
+        return points
+
+    def _wildcards(self, content: dict[str, Any], marked: _Marked) -> list[dict[str, Any]]:
+        """Freeze wildcards: a mapping of names to lines, or a folder of text files beside the sweep file."""
+        given = content.get("wildcards")
+        if not given:
+            return []
+        if isinstance(given, dict):
+            named = {
+                str(name): [str(line) for line in lines] for name, lines in given.items() if isinstance(lines, list)
+            }
+            if len(named) < len(given):
+                self._wrong(marked.at("wildcards"), "wildcards", "each should be a list of lines")
+        else:
+            folder = self._path.parent / str(given)
+            if not folder.is_dir():
+                self._wrong(marked.at("wildcards"), "wildcards", f"there is no folder {str(given)!r} beside the file")
+                return []
+            files = sorted(folder.rglob("*.txt"))
+            named = {
+                file.relative_to(folder).with_suffix("").as_posix(): _lines(file.read_text(encoding="utf-8-sig"))
+                for file in files
+            }
+        self.digest.update(json.dumps(named, sort_keys=True).encode())
+        return [self._tables.put_wildcard(name, lines).model_dump() for name, lines in named.items() if lines]
+
+
+MAX_PROMPT = 20_000
+
+
+def _lines(text: str) -> list[str]:
+    """Return a wildcard file's lines, without comments and blank ones."""
+    return [line.strip() for line in text.splitlines() if line.strip() and not line.lstrip().startswith("#")]
+
+
+def _check_value(name: str, value: Any) -> None:
+    """Check one field's value.
+
+    Raises:
+        InvalidField: with what is valid, and the nearest where there are names.
+    """
+    try:
+        check_value(name, value)
+    except UnknownName as error:
+        raise InvalidField(name, str(error)) from error
+    except ValueError as error:
+        raise InvalidField(name, str(error).partition(": ")[2] or str(error)) from error
+
+
+def _check_whole(values: dict[str, Any]) -> None:
+    """Check fields together, as a job.
+
+    Raises:
+        InvalidField: names the field.
+    """
+    uses = values.get("embeddings", [])
+    if not isinstance(uses, list):
+        raise InvalidField("embeddings", f"should be a list, got {short(uses)}")
+    try:
+        JobSpec.check(values | {"embeddings": [EmbeddingUse.parse(u) if isinstance(u, str) else u for u in uses]})
+    except UnknownName as error:
+        raise InvalidField(error.kind, str(error)) from error
+
+
+def duration(name: str, value: object) -> float:
+    """Read seconds, or a text such as `90m`, `12h`, `7d`.
+
+    Raises:
+        InvalidField: it is neither.
+    """
+    found = _DURATION.fullmatch(str(value))
+    if found is None or isinstance(value, bool):
+        raise InvalidField(name, f"should be seconds or like 90m, 12h, 7d, got {short(value)}")
+    return float(found.group(1)) * _SECONDS[found.group(2)]
+
+
+# ---- lines of tables
+
+
+@dataclass
+class _Line:
+    """One row of a table: its number, its text and its fields, or what is wrong with it and in which column."""
+
+    number: int
+    text: str
+    values: dict[str, Any]
+    error: tuple[int, str] | None = None
+    columns: Mapping[str, int] | None = None
+
+    def column_of(self, name: str) -> int:
+        """Return the column where a field's name, or its cell, stands."""
+        if self.columns is not None:
+            return self.columns.get(name, 0)
+        return self.text.find(json.dumps(name.partition(".")[0])) + 1
+
+
+class _Located(dict[str, Any]):
+    """A row's fields, with the line they stand in."""
+
+    def __init__(self, values: dict[str, Any], line: _Line) -> None:
+        super().__init__(values)
+        self.line = line
+
+
+def _open(path: Path) -> IO[str]:
+    if str(path) == "-":
+        return sys.stdin
+    return path.open(encoding="utf-8-sig", newline="" if path.suffix.lower() in (".csv", ".tsv") else None)
+
+
+def _no_constant(name: str) -> float:
+    raise ValueError(f"{name} is no number")
+
+
+def _jsonl(file: IO[str]) -> Iterator[_Line]:
+    number = 0
+    while line := file.readline(MAX_LINE + 1):
+        number += 1
+        if len(line) > MAX_LINE:
+            yield _Line(number, "", {}, (0, f"is longer than {MAX_LINE} characters"))
+            while (rest := file.readline(MAX_LINE)) and not rest.endswith("\n"):
+                pass
+            continue
+        text = line.strip()
+        if text and not text.startswith("#"):
+            yield _json_line(number, text)
+
+
+def _json_line(number: int, text: str) -> _Line:
+    try:
+        values = json.loads(text, parse_constant=_no_constant)
+    except json.JSONDecodeError as error:
+        return _Line(number, text, {}, (error.colno, f"is no JSON: {error.msg.lower()}"))
+    except (ValueError, RecursionError) as error:
+        reason = "is nested too deep" if isinstance(error, RecursionError) else f"holds a number too large: {error}"
+        return _Line(number, text, {}, (0, reason[:200]))
+    if not isinstance(values, dict):
+        return _Line(number, text, {}, (1, 'should be an object such as {"prompt": "…"}'))
+    return _Line(number, text, values)
+
+
+def _csv(file: IO[str], path: Path) -> Iterator[_Line]:
+    reader = csv.reader(file, delimiter="\t" if path.suffix.lower() == ".tsv" else ",")
+    try:
+        header = [name.strip() for name in next(reader)]
+    except (StopIteration, csv.Error) as error:
+        raise UnreadableFile(str(path), "has no header row") from error
+    columns = {name: number for number, name in enumerate(header, 1)}
+    while True:
+        try:
+            cells = next(reader)
+        except StopIteration:
+            return
+        except csv.Error as error:
+            yield _Line(reader.line_num, "", {}, (0, str(error)))
+            continue
+        if not any(cells):
+            continue
+        text = json.dumps(cells, ensure_ascii=False)
+        if len(cells) > len(header):
+            yield _Line(reader.line_num, text, {}, (len(header) + 1, "has more cells than the header"))
+            continue
+        values = {name: _cell(name, cell) for name, cell in zip(header, cells, strict=False) if cell.strip()}
+        yield _Line(reader.line_num, text, values, columns=columns)
+
+
+def _cell(name: str, cell: str) -> Any:
+    """Read a cell as the number, truth value or list it looks like, unless it is text by its nature."""
+    if name in ("prompt", "negative_prompt", "sampler", "schedule", "model", "key", "name"):
+        return cell
+    if name == "embeddings":
+        return [part.strip() for part in cell.split(";") if part.strip()]
+    try:
+        return json.loads(cell, parse_constant=_no_constant)
+    except (ValueError, RecursionError):
+        return cell
+
+
+# ---- YAML with places
+
+
+class _Marked:
+    """A YAML document as plain values, and where every one of them stands."""
+
+    def __init__(self, text: str, file: str) -> None:
+        self._marks: dict[tuple[Any, ...], Where] = {}
+        self._left, self._file = MAX_NODES, file
+        try:
+            loader = yaml.SafeLoader(text)
+            node = loader.get_single_node()
+            self.value = self._build(node, (), loader) if node is not None else {}
+        except yaml.MarkedYAMLError as error:
+            mark = error.problem_mark or error.context_mark
+            where = (mark.line + 1, mark.column + 1) if mark else (1, 1)
+            raise InvalidRows((RowError(file, *where, "YAML", str(error.problem or error.context)),)) from error
+        except (yaml.YAMLError, RecursionError, ValueError) as error:
+            reason = "is nested too deep" if isinstance(error, RecursionError) else str(error)[:200]
+            raise InvalidRows((RowError(file, 1, 1, "YAML", reason),)) from error
+
+    def _build(self, node: yaml.Node, path: tuple[Any, ...], loader: yaml.SafeLoader) -> Any:
+        where = node.start_mark.line + 1, node.start_mark.column + 1
+        self._marks[path] = where
+        self._left -= 1
+        if self._left < 0 or len(path) > MAX_DEPTH:
+            reason = f"holds more than {MAX_NODES} values" if self._left < 0 else f"is nested deeper than {MAX_DEPTH}"
+            raise InvalidRows((RowError(self._file, *where, "YAML", reason),))
+        if isinstance(node, yaml.MappingNode):
+            found: dict[Any, Any] = {}
+            for key_node, value_node in node.value:
+                key = loader.construct_object(key_node)
+                if not isinstance(key, str | int | float) or key in found:
+                    line, column = key_node.start_mark.line + 1, key_node.start_mark.column + 1
+                    reason = f"{short(key)} stands twice" if key in found else "a field's name should be a text"
+                    raise InvalidRows((RowError(self._file, line, column, "YAML", reason),))
+                found[key] = self._build(value_node, (*path, key), loader)
+            return found
+        if isinstance(node, yaml.SequenceNode):
+            return [self._build(item, (*path, number), loader) for number, item in enumerate(node.value)]
+        value = loader.construct_object(node)
+        return value if isinstance(value, str | int | float | bool) or value is None else str(node.value)
+
+    def at(self, *path: Any) -> Where:
+        """Return where a value stands."""
+        return self._marks.get(path, (1, 1))
+
+    def near(self, name: str) -> Where:
+        """Return where the field that an error names stands, or its section."""
+        first, _, _ = name.partition(".")
+        section = {"axes": "matrix", "zipped": "zip"}.get(first, first)
+        for path in (("defaults", first), (section,), ("matrix",), ("defaults",)):
+            if path in self._marks:
+                return self._marks[path]
+        return 1, 1
