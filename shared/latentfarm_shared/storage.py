@@ -151,7 +151,8 @@ class ObjectStore:
         if written is None:
             found = self.content_id(key)
             if found is None:
-                self._put(key, data, content_type, content_id)
+                with self._translated(key):
+                    self._put(key, data, content_type, content_id)
                 return True
         elif written:
             return True
