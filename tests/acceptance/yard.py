@@ -46,7 +46,7 @@ class Yard:
         **settings: str,
     ) -> None:  # fmt: skip
         """Start so many workers under one supervisor, or each under its own, and wait until they are ready."""
-        before = len(self.workers())
+        before = len(self.ready())
         environ = clean_environment() | {
             "LATENTFARM_ENGINE": "simulated",
             "LATENTFARM_IMAGE_SECONDS": str(image_s),
@@ -62,7 +62,7 @@ class Yard:
             with Path(logs or self.local.data / "logs" / "yard.log").open("ab") as log:
                 child = subprocess.Popen(command, env=environ, stdout=log, stderr=log, start_new_session=True)
             self.supervisors.append(child)
-        eventually(lambda: len([w for w in self.workers() if w.queues]) >= before + workers, 120)
+        eventually(lambda: len(self.ready()) >= before + workers, 120)
 
     def stop(self) -> None:
         """End every worker at once."""
@@ -78,6 +78,10 @@ class Yard:
     def workers(self) -> list[WorkerStatus]:
         """Return the workers that beat."""
         return self.farm.workers()
+
+    def ready(self) -> list[WorkerStatus]:
+        """Return the workers that serve queues and whose processes live."""
+        return [worker for worker in self.workers() if worker.queues and psutil.pid_exists(worker.pid)]
 
     def submit(self, count: int = 1, **values: object) -> Job:
         """Submit a job whose pictures nobody has."""

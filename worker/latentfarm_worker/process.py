@@ -33,6 +33,7 @@ from latentfarm_worker.worker import Worker
 LOOK_EVERY_S = 2.0
 SWEEP_EVERY_S = 1.0
 RETRY_LOAD_S = 30.0
+PASS_ON_S = 0.02  # before a wake-up that found no room here is passed on
 HURRY_S = 0.8
 PR_SET_PDEATHSIG = 1
 
@@ -96,7 +97,9 @@ class WorkerProcess:
         @self._celery.task(name=TASK, shared=False)
         def wake(queue: str, ticket: str) -> None:
             self._ledger.answered(queue, ticket)
-            self._worker.serve(lambda: self._ring(queue), urgent=queue.startswith(LANES[0]))
+            if not self._worker.serve(lambda: self._ring(queue), urgent=queue.startswith(LANES[0])):
+                time.sleep(PASS_ON_S)
+                self._ring(queue)
 
     def _begin(self) -> None:
         """Serve what waits already, while Celery is still coming up: a slot each, as wake-ups would."""

@@ -118,19 +118,22 @@ class Worker:
             )
         ]
 
-    def serve(self, ring_again: Callable[[], None], *, urgent: bool) -> None:
+    def serve(self, ring_again: Callable[[], None], *, urgent: bool) -> bool:
         """Render images as long as there are any and a slot is free; `ring_again` wakes another thread, once.
 
-        An `urgent` wake-up, one of the interactive lane, finds room beside the slots.
+        An `urgent` wake-up, one of the interactive lane, finds room beside the slots. False if there was no room at all, so
+        that somebody else should be woken.
         """
-        more = True
+        more, had_room = True, False
         while more and not self._draining.is_set() and (permit := self._permit(urgent=urgent)):
+            had_room = True
             try:
                 lanes = self._settings.lanes if permit is self._slots else LANES[:1]
                 more = self._serve_one(self.queues(lanes), ring_again)
             finally:
                 permit.release()
             ring_again = _not_again
+        return had_room
 
     def _permit(self, *, urgent: bool) -> threading.Semaphore | None:
         """Take a slot; when all are taken, an interactive wake-up may take from the reserve."""

@@ -57,7 +57,7 @@ local function ring(_, a)
   end
   local urgent = lane_of(queue) == 'interactive'
   local free = 0
-  for _, worker in ipairs(redis.call('ZRANGEBYSCORE', 'lf:workers', at - 10000, '+inf')) do
+  for _, worker in ipairs(redis.call('ZRANGEBYSCORE', 'lf:workers', at - 3000, '+inf')) do
     local f = redis.call('HMGET', 'lf:worker:' .. worker, 'slots', 'queues', 'draining', 'reserve')
     if f[1] and f[2] and string.find(',' .. f[2] .. ',', ',' .. queue .. ',', 1, true) and f[3] ~= '1' then
       local room = number(f[1]) + (urgent and number(f[4]) or 0)
