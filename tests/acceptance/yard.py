@@ -21,7 +21,7 @@ from latentfarm.farm import Farm
 from latentfarm.jobs import Job
 from latentfarm_shared.errors import FarmError
 from latentfarm_shared.ledger import WorkerStatus
-from latentfarm_shared.settings import FarmFile, Settings
+from latentfarm_shared.settings import FarmFile
 from latentfarm_shared.specs import JobSpec
 
 from tests.acceptance.conftest import clean_environment, eventually
@@ -219,8 +219,3 @@ def beside(*actions: Callable[[threading.Event], None]) -> Iterator[None]:
         stop.set()
         for thread in threads:
             thread.join(60)
-
-
-def settings_of(here: Yard) -> Settings:
-    """Return the farm's settings."""
-    return here.farm.settings
