@@ -26,6 +26,8 @@ NAMES = (
     "parts",
     "farm",
     "library",
+    "scale",
+    "submit",
     "pack",
     "memory",
 )

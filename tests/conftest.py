@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from hypothesis import settings
 from latentfarm.embedded.local import LocalFarm
 from latentfarm_demo import CHECKPOINT
 from latentfarm_shared.embeddings.files import EmbeddingFile
@@ -47,6 +48,7 @@ def demo_tokenizer() -> ClipTokenizer:
     return ClipTokenizer(CHECKPOINT / "tokenizer" / "vocab.json", CHECKPOINT / "tokenizer" / "merges.txt")
 
 
+settings.register_profile("soak", max_examples=2000, stateful_step_count=80)
 SANDBOX = Sandbox()
 
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 from latentfarm.farm import Farm
-from latentfarm_shared.errors import Unavailable, UnknownName
+from latentfarm_shared.errors import InvalidField, Unavailable, UnknownName
 from latentfarm_shared.ledger import Claim, Ledger
 from latentfarm_shared.ledger.queues import queue_name
 from latentfarm_shared.records import Lock
@@ -311,6 +311,130 @@ def test_transitions_do_not_grow_with_the_job(ledger: Ledger) -> None:
 
     assert ledger.status(job).counts["queued"] == 999_999
     assert ledger.redis.info("memory")["used_memory"] - before < 2_000_000
+
+
+def look_through(ledger: Ledger, job: str) -> None:
+    while ledger._call("scan", job, 200, 10_000):
+        pass
+
+
+def finish_all(ledger: Ledger) -> int:
+    done = 0
+    while found := ledger.claim("last", QUEUES):
+        ledger.succeed(found, "last")
+        done += 1
+    return done
+
+
+@pytest.mark.parametrize("dies", [False, True])
+def test_image_handed_back_while_a_retry_begins_is_handed_out_once(ledger: Ledger, *, dies: bool) -> None:
+    job = submit(ledger, 2)
+    held = claim(ledger)
+    ledger.cancel(job)
+    ledger._call("retry", job, 1)
+    ledger.bury("w1") if dies else ledger.release(held, "w1")
+    look_through(ledger, job)
+
+    assert finish_all(ledger) == 2
+    status = ledger.status(job)
+    assert (status.state, status.counts["succeeded"]) == ("succeeded", 2)
+    assert ledger.usage("") == {"queued": 0, "running": 0}
+
+
+def test_cancel_while_an_expired_job_is_retried_keeps_the_counters(ledger: Ledger) -> None:
+    job = submit(ledger, 3, expires_in=100)
+    ledger.release(claim(ledger), "w1")
+    ledger.redis.zadd("lf:deadlines", {job: 1})
+    ledger.sweep(at_once=True)
+    ledger._call("retry", job, 1)
+    ledger.cancel(job)
+    ledger.retry(job, missing=True)
+
+    assert finish_all(ledger) == 3
+    assert ledger.status(job).state == "succeeded"
+
+
+def test_gate_holds_back_only_what_nobody_has_had(ledger: Ledger) -> None:
+    job = submit(ledger, 5, approve_after=2)
+    first, second = claim(ledger), claim(ledger)
+    assert ledger.claim("w1", QUEUES) is None
+    assert ledger.status(job).reason == "approval"
+    ledger.release(first, "w1")
+
+    again = claim(ledger)
+    assert again.index == 0
+    assert ledger.claim("w1", QUEUES) is None
+    assert all(ledger.succeed(c, "w1") for c in (again, second))
+    ledger.approve(job)
+    assert finish_all(ledger) == 3
+
+
+def test_gate_at_the_end_holds_back_nothing(ledger: Ledger) -> None:
+    job = submit(ledger, 2, approve_after=2)
+    claims = [claim(ledger), claim(ledger)]
+
+    assert ledger.claim("w1", QUEUES) is None
+    assert ledger.status(job).state == "running"
+    assert all(ledger.succeed(c, "w1") for c in claims)
+
+
+def test_resume_of_an_expired_job_is_remembered(ledger: Ledger) -> None:
+    job = submit(ledger, 2, expires_in=100)
+    ledger.pause(job)
+    ledger.redis.zadd("lf:deadlines", {job: 1})
+    ledger.sweep(at_once=True)
+    ledger.resume(job)
+    ledger.retry(job, missing=True)
+
+    assert finish_all(ledger) == 2
+
+
+def test_plain_retry_of_a_canceled_job_says_what_to_do(ledger: Ledger) -> None:
+    job, failed = submit(ledger, 2), submit(ledger, 1)
+    ledger.cancel(job)
+    with pytest.raises(InvalidField, match="--missing"):
+        ledger.retry(job)
+    held = claim(ledger)
+    ledger.cancel(failed)
+    ledger.fail(held, "w1", "X", "x")
+    ledger.retry(failed)
+
+    assert finish_all(ledger) == 1
+    assert ledger.status(failed).state == "succeeded"
+
+
+def test_those_that_wait_for_one_picture_all_have_their_turn(ledger: Ledger) -> None:
+    submit(ledger, 1)
+    first, content = claim(ledger), "c" * 64
+    assert ledger.reserve(first, content).render
+    jobs = [submit(ledger, 1) for _ in range(230)]
+    for _ in jobs:
+        assert not ledger.reserve(claim(ledger, "w2"), content).render
+    for job in jobs[:225]:
+        ledger.cancel(job)
+    ledger.fail(first, "w1", "X", "x")
+    for _ in range(3):
+        ledger.sweep(at_once=True)
+
+    assert finish_all(ledger) == 5
+
+
+def test_retry_of_a_job_that_goes_on_keeps_its_deadline(ledger: Ledger) -> None:
+    job = submit(ledger, 3, max_runtime=100)
+    ledger.retry(job)
+    claim(ledger)
+
+    assert ledger.redis.zscore("lf:deadlines", job)
+
+
+def test_retried_job_holds_on_to_its_names_again(ledger: Ledger) -> None:
+    ledger.put_name("/n", 1, '{"state":"active"}')
+    ledger.submit("j1", JobSpec(prompt="a", seed=1), [Lock(checkpoint=RECORD)], [("/n", "content")])
+    ledger.fail(claim(ledger), "w1", "X", "x")
+    assert ledger.redis.hget("lf:pins", "/n") is None
+    ledger.retry("j1")
+
+    assert ledger.take_name("/n", force=False) == 1
 
 
 def test_unknown_job_is_an_error_not_a_state(ledger: Ledger) -> None:

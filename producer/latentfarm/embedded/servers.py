@@ -34,7 +34,7 @@ def start_valkey(data: Path, farm: FarmFile) -> Child:
     write_private(
         config,
         f"bind 127.0.0.1\nport {port}\nrequirepass {farm.redis_password}\ndir {json.dumps(str(folder))}\n"
-        'appendonly yes\nappendfsync everysec\nsave ""\nmaxmemory 512mb\nmaxmemory-policy noeviction\ndaemonize no\n',
+        'appendonly yes\nappendfsync everysec\nsave ""\nmaxmemory 512mb\nmaxmemory-policy noeviction\nslowlog-log-slower-than 5000\ndaemonize no\n',
     )
     child = start("valkey", [str(get_binary_path()), str(config)], data / "logs")
     client = redis.Redis(host="127.0.0.1", port=port, password=farm.redis_password, socket_timeout=2)

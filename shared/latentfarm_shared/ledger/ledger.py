@@ -45,6 +45,7 @@ SWEEP_STEP = 50
 SCAN_STEP = (200, 10_000)  # images handed out again and looked at in one step of a retry
 REMEMBERED = 512  # specs and locks that are kept in memory
 EVENTS_KEPT = 1100
+RETRY_NEEDS_MISSING = 2
 
 
 @dataclass(frozen=True)
@@ -202,11 +203,20 @@ class Ledger:
         self._known(job, self._call("prioritise", job, priority))
 
     def retry(self, job: str, *, missing: bool = False) -> None:
-        """Hand out again the images that failed; if `missing`, those canceled or expired too. Raises UnknownName.
+        """Hand out again the images that failed; if `missing`, those canceled or expired too.
 
         Images are looked at in steps; if this process ends on the way, the sweeper goes on.
+
+        Raises:
+            UnknownName: there is none of this id.
+            InvalidField: the job is over with images that only `missing` brings back.
         """
-        self._known(job, self._call("retry", job, int(missing)))
+        answer = self._call("retry", job, int(missing))
+        self._known(job, answer)
+        if answer == RETRY_NEEDS_MISSING:
+            raise InvalidField(
+                "job", "was canceled or has expired; retry it with what is missing (jobs retry --missing)"
+            )
         while self._call("scan", job, *SCAN_STEP):
             pass
 
@@ -375,6 +385,7 @@ class Ledger:
             pass
         while self._call("due", SWEEP_STEP) == SWEEP_STEP:
             pass
+        self._call("stir", 2)
         with translated():
             scans, queues = self.redis.smembers("lf:scans"), self.redis.smembers("lf:queues")
         for job in scans:

@@ -32,7 +32,8 @@
 -- lf:deadlines               zset    jobs by when they expire;  lf:retention  zset  finished jobs by when they are deleted
 -- lf:dirty                   zset    jobs whose manifest is behind;  lf:scans  set  jobs with a retry under way
 -- lf:have:<owner>:<hhhh>     hash    content ids of an owner's pictures -> <job>/<position>
--- lf:rendering:<owner>       hash    content ids being rendered -> claim;  lf:await:<owner>:<content>  set of images
+-- lf:rendering:<owner>       hash    content ids being rendered -> claim;  lf:await:<owner>:<content>  set of images that
+--                                    wait for it;  lf:waking  set  <owner>:<content> of which only some were woken yet
 -- lf:queues                  set     queue names ever used;  lf:rung:<queue>  zset  wake-ups under way, by time
 -- lf:leases                  zset    claims by the time their lease ends, member <job>/<position>
 -- lf:claim:<member>          hash    token worker queue content
@@ -47,7 +48,8 @@ local STRIKES = 3
 local SEGMENT = 1000
 local STARVED_MS = 20000
 local LOOK_AHEAD = 8   -- images that an owner with a warm checkpoint may be served before one whose checkpoint is not
-local OWNERS_SEEN = 64
+local OWNERS_SEEN = 512
+local WOKEN = 100
 local LONE_MS = 5000
 
 local function now()
@@ -146,20 +148,19 @@ local function join(queue, owner)
   redis.call('SADD', 'lf:where:' .. lane .. '/' .. owner, queue)
 end
 
-local function is_held(f_paused, f_gated, f_closed)
-  return f_paused == '1' or f_gated == '1' or (f_closed or '') ~= ''
-end
+local function is_held(paused, closed) return paused == '1' or (closed or '') ~= '' end
 
 -- Put a job where claims find it, unless it is held back.
 local function offer(job, checkpoint)
   local f = get(job, 'owner', 'lane', 'priority', 'number', 'paused', 'gated', 'closed')
-  if is_held(f[5], f[6], f[7]) then return end
+  if is_held(f[5], f[7]) then return end
   local queue = queue_name(f[2], checkpoint)
   redis.call('SADD', 'lf:queues', queue)
   local suspects = redis.call('ZRANGE', key_of(job) .. ':suspects:' .. checkpoint, 0, 0, 'WITHSCORES')
   if suspects[1] then redis.call('ZADD', 'lf:suspects:' .. queue, suspects[2], job) end
   local c = get(job, 'c:' .. checkpoint, 'e:' .. checkpoint)
-  if number(c[1]) < number(c[2]) or redis.call('EXISTS', key_of(job) .. ':returned:' .. checkpoint) == 1 then
+  local goes_on = number(c[1]) < number(c[2]) and f[6] ~= '1'  -- the gate holds back what nobody has seen, not the rest
+  if goes_on or redis.call('EXISTS', key_of(job) .. ':returned:' .. checkpoint) == 1 then
     join(queue, f[1])
     redis.call('ZADD', ready_key(queue, f[1]), -number(f[3]) * 2 ^ 36 + number(f[4]), job)
   end
@@ -180,13 +181,20 @@ end
 
 -- ---- a job's state
 
--- A job that needs nothing more lets go of the names it holds.
+-- A job holds on to the names it uses, and lets go of them when it needs nothing more.
+local function pin(job)
+  local f = get(job, 'pins', 'pinned')
+  if not f[1] or f[2] == '1' then return end
+  redis.call('HSET', key_of(job), 'pinned', '1')
+  for _, name in ipairs(cjson.decode(f[1])) do redis.call('HINCRBY', 'lf:pins', name[1], 1) end
+end
+
 local function unpin(job)
-  local pins = redis.call('HGET', key_of(job), 'pins')
-  if not pins then return end
-  redis.call('HDEL', key_of(job), 'pins')
-  for _, pin in ipairs(cjson.decode(pins)) do
-    if redis.call('HINCRBY', 'lf:pins', pin[1], -1) <= 0 then redis.call('HDEL', 'lf:pins', pin[1]) end
+  local f = get(job, 'pins', 'pinned')
+  if not f[1] or f[2] ~= '1' then return end
+  redis.call('HSET', key_of(job), 'pinned', '')
+  for _, name in ipairs(cjson.decode(f[1])) do
+    if redis.call('HINCRBY', 'lf:pins', name[1], -1) <= 0 then redis.call('HDEL', 'lf:pins', name[1]) end
   end
 end
 

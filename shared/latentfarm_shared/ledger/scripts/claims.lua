@@ -50,9 +50,9 @@ local function next_image(job, queue, owner)
   local back = redis.call('ZPOPMIN', key_of(job) .. ':returned:' .. part)
   if back[1] then return tonumber(back[1]), true end
   local f = get(job, 'c:' .. part, 'e:' .. part, 'gate', 'handed')
-  if f[3] and number(f[4]) >= number(f[3]) then
+  if f[3] and number(f[4]) >= number(f[3]) and number(f[1]) < number(f[2]) then
     redis.call('HSET', key_of(job), 'gated', '1')
-    withdraw(job)
+    withdraw_from(queue, owner, job)
     settle(job)
     return nil
   end
@@ -87,32 +87,29 @@ local function suspect_for(worker, queue)
   return nil, false
 end
 
--- The owner to be served next from a queue, and the virtual time; owners with all they may run are passed over.
+-- The owner to be served next from a queue, the virtual time and the first job; owners with all they may run are passed over.
 local function next_owner(queue)
-  local found = redis.call('ZRANGE', 'lf:owners:' .. queue, 0, OWNERS_SEEN - 1, 'WITHSCORES')
-  for i = 1, #found, 2 do
-    local most = limit(found[i], 'running')
-    if not most or number(redis.call('HGET', 'lf:owner:' .. found[i], 'running')) < most then
-      return found[i], tonumber(found[i + 1])
+  for from = 0, OWNERS_SEEN - 1, 16 do
+    local found = redis.call('ZRANGE', 'lf:owners:' .. queue, from, from + 15, 'WITHSCORES')
+    for i = 1, #found, 2 do
+      local most = limit(found[i], 'running')
+      if not most or number(redis.call('HGET', 'lf:owner:' .. found[i], 'running')) < most then
+        local job = redis.call('ZRANGE', ready_key(queue, found[i]), 0, 0)[1]
+        if job then return found[i], tonumber(found[i + 1]), job end
+        withdraw_from(queue, found[i], '')
+      end
     end
+    if #found < 32 then return nil end
   end
   return nil
 end
-
-local function head_of(queue, owner) return redis.call('ZRANGE', ready_key(queue, owner), 0, 0)[1] end
 
 -- Of a lane's queues, the one whose next owner had least; a checkpoint that is not in the worker's memory may wait a
 -- little for those that are, but no longer than STARVED_MS.
 local function choose(queues)
   local best
   for _, q in ipairs(queues) do
-    local owner, vt = next_owner(q.name)
-    local job = owner and head_of(q.name, owner)
-    if owner and not job then
-      withdraw_from(q.name, owner, '')
-      owner, vt = next_owner(q.name)
-      job = owner and head_of(q.name, owner)
-    end
+    local owner, vt, job = next_owner(q.name)
     if job then
       if not q.warm then
         local starved = now() - number(redis.call('GET', 'lf:served:' .. q.name)) > STARVED_MS
@@ -175,7 +172,7 @@ end
 -- Those that waited for an identical image have their turn.
 local function wake(owner, content)
   local waiting = 'lf:await:' .. owner .. ':' .. content
-  for _, member in ipairs(redis.call('SPOP', waiting, 100)) do
+  for _, member in ipairs(redis.call('SPOP', waiting, WOKEN)) do
     local job, position = split(member)
     for _, part in ipairs(parts_of(job)) do
       if redis.call('SREM', key_of(job) .. ':awaiting:' .. part, position) == 1 then
@@ -184,6 +181,16 @@ local function wake(owner, content)
       end
     end
   end
+  local left = redis.call('EXISTS', waiting) == 1
+  redis.call(left and 'SADD' or 'SREM', 'lf:waking', owner .. ':' .. content)
+end
+
+-- stir(limit): wakes more of those of whom some were woken; returns how many pictures still have more
+local function stir(_, a)
+  for _, waiting in ipairs(redis.call('SRANDMEMBER', 'lf:waking', tonumber(a[1]))) do
+    wake(string.match(waiting, '^(.*):([^:]*)$'))
+  end
+  return redis.call('SCARD', 'lf:waking')
 end
 
 -- A claim ends: whoever waited for what it renders goes on.

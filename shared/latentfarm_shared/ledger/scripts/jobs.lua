@@ -11,18 +11,16 @@ local function submit(_, a)
   local named = record.key and record.owner .. '/' .. record.key
   local before = named and redis.call('HGET', 'lf:keys', named)
   if before and redis.call('EXISTS', key_of(before)) == 1 then return { 'old', before } end
-  for _, pin in ipairs(pins) do
-    local entry = redis.call('HGET', 'lf:names', pin[1])
-    if not entry or cjson.decode(entry).state ~= 'active' then return { 'gone', pin[1] } end
+  for _, name in ipairs(pins) do
+    local entry = redis.call('HGET', 'lf:names', name[1])
+    if not entry or cjson.decode(entry).state ~= 'active' then return { 'gone', name[1] } end
   end
   local total, most = tonumber(record.total), limit(record.owner, 'queued')
   local queued = number(redis.call('HGET', 'lf:owner:' .. record.owner, 'queued'))
   if most and queued + total > most then return { 'full', queued, most } end
-  for _, pin in ipairs(pins) do
-    redis.call('HINCRBY', 'lf:pins', pin[1], 1)
-    redis.call('ZINCRBY', 'lf:used', 1, pin[2])
-  end
+  for _, name in ipairs(pins) do redis.call('ZINCRBY', 'lf:used', 1, name[2]) end
   if #pins > 0 then redis.call('HSET', key, 'pins', a[3]) end
+  pin(job)
   local hashes = {}
   for i, part in ipairs(record.parts) do
     hashes[i] = part[1]
@@ -66,6 +64,8 @@ end
 local function close(job, as, reason)
   local closed = redis.call('HGET', key_of(job), 'closed')
   if not closed or closed ~= '' or is_final(job) then return end
+  local retried = get(job, 'scan', 'scan_zero')
+  if retried[1] and retried[2] ~= '' then as = retried[2] end  -- what is not looked at yet is counted so
   withdraw(job)
   local waiting = waiting_of(job)
   for _, part in ipairs(parts_of(job)) do
@@ -96,6 +96,7 @@ local function hold(_, a)
   local f = get(job, 'closed', field)
   if not f[1] then return 0 end
   if field == 'gated' then redis.call('HDEL', key_of(job), 'gate') end
+  if value == '' then redis.call('HSET', key_of(job), field, '') end
   if (f[2] or '') == value or f[1] ~= '' or is_final(job) then return 1 end
   redis.call('HSET', key_of(job), field, value)
   if value == '1' then withdraw(job) else offer_all(job) end
@@ -122,13 +123,14 @@ local function due(_, a)
   return #jobs
 end
 
--- retry(job, missing): begin to hand out again what failed and, if missing is 1, what was canceled or has expired.
--- scan() goes on with it.
+-- retry(job, missing): begin to hand out again what failed and, if missing is 1, what was canceled or has expired; scan()
+-- goes on with it. 0 if there is no such job, 2 if it was closed and has images that only missing would bring back.
 local function retry(_, a)
   local job, missing = a[1], a[2] == '1'
-  local f = get(job, 'closed', 'scan', 'total', 'spec')
+  local f = get(job, 'closed', 'scan', 'scan_bytes', 'spec', 'canceled', 'expired', 'scan_zero')
   if not f[4] then return 0 end
-  if f[2] or (f[1] ~= '' and not missing) then return 1 end
+  if f[1] ~= '' and not missing and number(f[5]) + number(f[6]) > 0 then return 2 end
+  local over = f[1] ~= '' or is_final(job)
   local top, untouched = 0, 0
   for _, part in ipairs(parts_of(job)) do
     local c = get(job, 'c:' .. part, 'e:' .. part)
@@ -136,9 +138,14 @@ local function retry(_, a)
     redis.call('HSET', key_of(job), 'k:' .. part, c[1])
     untouched = untouched + number(c[2]) - number(c[1])
   end
-  redis.call('HSET', key_of(job), 'scan', 0, 'scan_stop', top, 'scan_bytes', missing and 'fce' or 'f',
-    'scan_zero', f[1], 'closed', '', 'reason', '')
-  redis.call('HDEL', key_of(job), 'expires_at', 'max_runtime', 'finished')
+  local zero = f[2] and f[7] or f[1]
+  redis.call('HSET', key_of(job), 'scan', 0, 'scan_stop', top, 'scan_bytes', (missing or f[3] == 'fce') and 'fce' or 'f',
+    'scan_zero', zero, 'closed', '', 'reason', '')
+  if over then
+    redis.call('HDEL', key_of(job), 'expires_at', 'max_runtime', 'finished')
+    redis.call('ZREM', 'lf:deadlines', job)
+    pin(job)
+  end
   redis.call('SADD', 'lf:scans', job)
   redis.call('ZREM', 'lf:retention', job)
   if f[1] ~= '' then
@@ -152,6 +159,12 @@ local function retry(_, a)
 end
 
 local FIELD = { f = 'failed', c = 'canceled', e = 'expired' }
+
+local function waits_already(job, part, position)
+  return redis.call('ZSCORE', key_of(job) .. ':returned:' .. part, position)
+    or redis.call('ZSCORE', key_of(job) .. ':suspects:' .. part, position)
+    or redis.call('SISMEMBER', key_of(job) .. ':awaiting:' .. part, position) == 1
+end
 
 -- scan(job, images, states): hand out again at most so many images, looking at so many states at most; 1 while some are left
 local function scan(_, a)
@@ -174,7 +187,7 @@ local function scan(_, a)
     local untouched = byte == '' or byte == '\0'
     local field = untouched and f[4] ~= '' and f[4] or not untouched and string.find(f[3], byte, 1, true) and FIELD[byte]
     for _, part in ipairs(field and parts or {}) do
-      if position >= part[2] and position < part[3] then
+      if position >= part[2] and position < part[3] and not (untouched and waits_already(job, part[1], position)) then
         count(job, field, -1)
         mark(job, position, '\0', true)
         redis.call('HDEL', key_of(job) .. ':errors', position)

@@ -32,7 +32,7 @@ end
 -- Up to `most` images that a queue has to hand out now.
 local function offered(queue, most)
   local found = 0
-  for _, owner in ipairs(redis.call('ZRANGE', 'lf:owners:' .. queue, 0, OWNERS_SEEN - 1)) do
+  for _, owner in ipairs(redis.call('ZRANGE', 'lf:owners:' .. queue, 0, 31)) do
     for _, job in ipairs(redis.call('ZRANGE', ready_key(queue, owner), 0, most - 1)) do
       local part = checkpoint_of(queue)
       local f = get(job, 'c:' .. part, 'e:' .. part)
