@@ -70,10 +70,11 @@ def farm_of(gpus: int, *, s3: bool) -> dict[str, Any]:
             spec = {"prompt": "a cat", "seed": 1, "count": 1_000_000, "lane": "batch", "reuse": False}
             job = local.farm.submit(JobSpec.check(spec))
             time.sleep(WARM_UP_S)
+            local.farm.ledger.redis.slowlog_reset()
             before = _Reading(local, job.id, supervisor.pid)
             time.sleep(WINDOW_S)
             after = _Reading(local, job.id, supervisor.pid)
-            slow = local.farm.ledger.redis.slowlog_len()
+            slow = local.farm.ledger.redis.slowlog_get(128)
             job.cancel()
         finally:
             supervisor.send_signal(signal.SIGTERM)
@@ -82,11 +83,12 @@ def farm_of(gpus: int, *, s3: bool) -> dict[str, Any]:
     return _row(gpus, before, after, slow)
 
 
-def _row(gpus: int, before: _Reading, after: _Reading, slow: int) -> dict[str, Any]:
+def _row(gpus: int, before: _Reading, after: _Reading, slow: list[dict[str, Any]]) -> dict[str, Any]:
     images, seconds = after.images - before.images, after.at - before.at
 
     def per_image(name: str, scale: float = 1000.0) -> float:
-        return round((getattr(after, name) - getattr(before, name)) * scale / max(images, 1), 3)
+        used: float = getattr(after, name) - getattr(before, name)
+        return round(used * scale / max(images, 1), 3)
 
     return {
         "GPUs": gpus,
@@ -99,7 +101,11 @@ def _row(gpus: int, before: _Reading, after: _Reading, slow: int) -> dict[str, A
         "supervisor CPU-ms per image": per_image("supervisor_cpu"),
         "S3 CPU-ms per image": per_image("s3_cpu"),
         "calculated limit of one Redis, images per second": round(1000 / max(per_image("redis_cpu"), 1e-6)),
-        "slow log entries": slow,
+        "slow log entries": len(slow),
+        "slowest, ms": max((entry["duration"] / 1000 for entry in slow), default=0.0),
+        "slow transitions": sorted(
+            {bytes(entry["command"]).split()[3].decode() for entry in slow if b" 0 " in entry["command"]}
+        ),
     }
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from latentfarm_shared.embeddings.sandbox import Sandbox
-from latentfarm_shared.errors import InvalidField, Unavailable
+from latentfarm_shared.errors import InvalidField, RenderError, Unavailable
 from latentfarm_shared.explicit import plain_name
 from latentfarm_shared.intake import Intake
 from latentfarm_shared.ledger import Ledger, WorkerStatus
@@ -198,7 +198,14 @@ class Farm:
         if spec.pack is not None:
             self.embeddings.refuse_name(spec.pack.name, allow_word=spec.pack.allow_word)
         data = self.tables.of(spec)
-        spec = with_variants(spec, data)
+        try:
+            spec = with_variants(spec, data)
+            if spec.rows is not None:
+                data.row(spec.rows.total - 1)
+        except RenderError as error:
+            raise InvalidField(
+                "rows" if spec.rows else "wildcards", f"{error}; submit the file they come from"
+            ) from error
         checkpoints = [self.registry.checkpoint(model) for model in spec.models]
         if len({checkpoint.hash for checkpoint in checkpoints}) < len(checkpoints):
             raise InvalidField("model", "the axis names one checkpoint twice")

@@ -19,14 +19,18 @@ from pathlib import Path
 from typing import IO, Any
 
 import yaml
-from latentfarm_shared.errors import InvalidField, UnknownName, UnreadableFile, UsageError, nearest
-from latentfarm_shared.parameters import EmbeddingUse, Side, printable, short
+from latentfarm_shared.errors import InvalidField, UnknownName, UnreadableFile, UsageError, cut, nearest
+from latentfarm_shared.parameters import EmbeddingUse, Side, short
 from latentfarm_shared.prompts.contract import with_word
 from latentfarm_shared.specs import JOB_FIELDS, MAX_IMAGES, MAX_SEED, JobSpec, check_value
 from latentfarm_shared.tables import RowWriter, TableStore
+from pydantic import ValidationError
 
-MAX_SWEEP_BYTES, MAX_NODES, MAX_DEPTH = 16 * 2**20, 500_000, 12
+MAX_SWEEP_BYTES, MAX_NODES, MAX_DEPTH = 16 * 2**20, 100_000, 24
 MAX_LINE = 2**20
+MAX_SKIPPED = 2**26
+MAX_USES = 1000
+MAX_DURATION = 40
 MAX_ERRORS, SHOWN_ERRORS = 100, 20
 MAX_GROUPS = 200
 TABLES = (".jsonl", ".ndjson", ".csv", ".tsv")
@@ -57,7 +61,7 @@ class RowError:
     def __str__(self) -> str:
         """Say where and what."""
         place = f"line {self.line}" + (f", column {self.column}" if self.column else "")
-        return f"{self.file}: {place}: {self.field}: {self.reason}"
+        return f"{cut(self.file)}: {place}: {cut(self.field)}: {cut(self.reason, 1000)}"
 
 
 class InvalidRows(UsageError):
@@ -100,7 +104,9 @@ def read_job_file(
     try:
         specs = reader.sweep() if suffix in SWEEPS else reader.table(path, defaults)
     except (OSError, UnicodeDecodeError) as error:
-        raise UnreadableFile(str(path), f"cannot be read as UTF-8 text ({error})") from error
+        raise UnreadableFile(cut(str(path)), f"cannot be read as UTF-8 text ({error})") from error
+    except ValueError as error:  # a null character in its name
+        raise UnreadableFile(cut(str(path)), str(error)) from error
     if not specs and not reader.errors:
         raise UnreadableFile(str(path), "holds no job")
     reader.raise_errors()
@@ -158,6 +164,7 @@ class _Reader:
 
     def _rows(self, lines: Iterable[_Line], path: Path) -> Iterator[tuple[Where, dict[str, Any]]]:
         for line in lines:
+            line.file = path
             if line.error is not None:
                 self._wrong((line.number, line.error[0]), "row", line.error[1], path)
             else:
@@ -166,32 +173,32 @@ class _Reader:
     def _jobs(self, rows: Iterable[tuple[Where, dict[str, Any]]], defaults: dict[str, Any], name: str) -> list[JobSpec]:
         """Check rows and stream them into the store, by the jobs they belong to."""
         base = {k: v for k, v in defaults.items() if k != "embeddings"}
+        _check_whole(defaults)
         groups: dict[str, _Group] = {}
         total = 0
         for where, row in rows:
             try:
                 values = self._checked(row, base, defaults.get("embeddings", []))
+                _refuse_too_many(total + values.get("count", 1))
             except InvalidField as error:
                 line = row.line if isinstance(row, _Located) else None
                 place = (where[0], line.column_of(error.field) if line else where[1])
-                self._wrong(place, error.field, error.reason, self._path if line is None else None)
+                self._wrong(place, error.field, error.reason, line.file if line else None)
                 continue
             shared = {k: v for k, v in values.items() if k not in IN_ROWS and k != "count"}
             group = groups.get(key := json.dumps(shared, sort_keys=True, default=str))
             if group is None:
                 if len(groups) == MAX_GROUPS:
-                    raise InvalidField("file", f"its rows make more than {MAX_GROUPS} different jobs")
+                    self._wrong(where, "file", f"its rows make more than {MAX_GROUPS} different jobs")
+                    raise _Enough
                 group = groups[key] = _Group(shared, self._tables.writer(name))
             for number in range(values.get("count", 1)):
                 own = {k: v for k, v in values.items() if k in IN_ROWS}
-                seed = own.get("seed", base.get("seed", -1))
+                seed = int(own.get("seed", base.get("seed", -1)))
                 own["seed"] = secrets.randbelow(MAX_SEED) if seed == -1 else seed + number
                 group.first = group.first or own
                 group.writer.add(own)
                 total += 1
-            if total > MAX_IMAGES:
-                self._wrong(where, "file", f"has more than {MAX_IMAGES} images")
-                raise _Enough
         self.raise_errors()
         return [self._job_of(group, base, name) for group in groups.values()]
 
@@ -210,21 +217,23 @@ class _Reader:
         unknown = next((name for name in row if name not in JobSpec.model_fields), None)
         if unknown is not None:
             near = nearest(str(unknown), JobSpec.model_fields, 1)
-            raise InvalidField(str(unknown), "is not a field" + (f"; did you mean {near[0]}?" if near else ""))
+            raise InvalidField(cut(str(unknown)), "is not a field" + (f"; did you mean {near[0]}?" if near else ""))
         values = dict(row)
         for name in DURATIONS:
             if name in values:
                 values[name] = duration(name, values[name])
-        if "count" in values and not (isinstance(values["count"], int) and 1 <= values["count"] <= MAX_IMAGES):
-            raise InvalidField("count", f"should be 1 to {MAX_IMAGES}, got {short(values['count'])}")
+        count = values.get("count", 1)
+        if not isinstance(count, int) or isinstance(count, bool) or not 1 <= count <= MAX_IMAGES:
+            raise InvalidField("count", f"should be 1 to {MAX_IMAGES}, got {short(count)}")
         for name in ("prompt", "negative_prompt", "seed", "steps", "cfg_scale", "sampler", "schedule"):
             if name in values:
                 self._check(name, values[name])
-        if not (values.keys() | base.keys()) <= QUICK:
+        if not values.keys() <= QUICK:
             _check_whole(base | values)
-        own = [EmbeddingUse.parse(u) if isinstance(u, str) else EmbeddingUse.model_validate(u)
-               for u in (*uses, *values.pop("embeddings", []))]  # fmt: skip
-        for use in own:
+        own = values.pop("embeddings", [])
+        _check_uses(own)
+        asked = (*uses, *own)
+        for use in (EmbeddingUse.parse(u) if isinstance(u, str) else EmbeddingUse.model_validate(u) for u in asked):
             side = use.side or self._side_of(use.name)
             name = "negative_prompt" if side == "negative" else "prompt"
             text = str(values.get(name, base.get(name, "")))
@@ -234,9 +243,8 @@ class _Reader:
     def _check(self, name: str, value: Any) -> None:
         """Check one field by itself; what was found good once is good."""
         if name in ("prompt", "negative_prompt"):
-            if not isinstance(value, str) or len(value) > MAX_PROMPT or "\0" in value:
+            if not isinstance(value, str) or len(value) > MAX_PROMPT or not value.isprintable():
                 _check_value(name, value)
-                printable(value)
             return
         if not isinstance(value, int | float | str) or isinstance(value, bool):
             _check_value(name, value)
@@ -255,6 +263,7 @@ class _Reader:
             return []
 
     def _sweep(self) -> list[JobSpec]:
+        _require_file(self._path)
         if self._path.stat().st_size > MAX_SWEEP_BYTES:
             raise UnreadableFile(str(self._path), f"is larger than {MAX_SWEEP_BYTES} bytes; put rows into a table")
         text = self._path.read_text(encoding="utf-8-sig")
@@ -263,27 +272,43 @@ class _Reader:
         if not isinstance(marked.value, dict):
             self._wrong((1, 1), "file", "should be a mapping with sections such as defaults and matrix")
             return []
+        if not any(value not in (None, {}, []) for value in marked.value.values()):
+            return []
         values, content = dict(self._defaults), marked.value
         self._check_sections(content, marked)
         for section in ("defaults", *(name for name in content if name not in SECTIONS)):
             values |= self._fields(section, content, marked)
-        values |= {"name": str(content.get("name", self._path.stem))}
+        values |= {"name": self._name(content, marked)}
         values |= {"axes": self._axes("matrix", content, marked), "zipped": self._axes("zip", content, marked)}
         values |= {part: self._points(part, content, marked) for part in ("include", "exclude")}
         values |= {"wildcards": self._wildcards(content, marked)}
         self.raise_errors()
         return self._rows_of(content, values, marked)
 
+    def _name(self, content: dict[str, Any], marked: _Marked) -> str:
+        name = content.get("name", self._path.stem)
+        if not isinstance(name, str | int | float) or isinstance(name, bool):
+            self._wrong(marked.at("name"), "name", f"should be a text, got {short(name)}")
+        return str(name)
+
     def _rows_of(self, content: dict[str, Any], values: dict[str, Any], marked: _Marked) -> list[JobSpec]:
         values = {name: value for name, value in values.items() if value not in ([], {}, None)}
+        if "rows" in content and "items" in content:
+            self._wrong(marked.at("rows"), "rows", "goes without items; put all rows into one of them")
+            return []
+        if "items" in content and not content["items"]:
+            self._wrong(marked.at("items"), "items", "has no rows")
+            return []
         if content.get("rows"):
-            specs = self.table(self._path.parent / str(content["rows"]), values)
+            table = self._beside("rows", content["rows"], marked)
+            specs = self.table(table, values) if table else []
         elif content.get("items"):
             rows = ((marked.at("items", number), item) for number, item in enumerate(content["items"]))
             checked = (pair for pair in rows if self._is_mapping("items", pair))
             specs = self._jobs(checked, values, str(values["name"]))
         else:
             try:
+                _check_uses(values.get("embeddings", []))
                 values["embeddings"] = [
                     EmbeddingUse.parse(u) if isinstance(u, str) else u for u in values.get("embeddings", [])
                 ]
@@ -308,6 +333,8 @@ class _Reader:
                 near = nearest(str(name), known, 1)
                 hint = f"; did you mean {near[0]}?" if near else ""
                 self._wrong(marked.at(name), str(name), f"is no section and no field{hint}")
+            elif name in ("axes", "zipped", "variants"):
+                self._wrong(marked.at(name), str(name), "is written as matrix or zip in a file")
         for name, kind in (("defaults", dict), ("matrix", dict), ("zip", dict), ("include", list), ("exclude", list),
                            ("items", list)):  # fmt: skip
             if not isinstance(content.get(name, kind()), kind) and content.get(name) is not None:
@@ -324,6 +351,8 @@ class _Reader:
         for name, value in (found or {}).items():
             where = marked.at(section, name) if section == "defaults" else marked.at(name)
             if name not in JobSpec.model_fields:
+                if section != "defaults":
+                    continue  # told already
                 near = nearest(str(name), JobSpec.model_fields, 1)
                 self._wrong(where, str(name), "is not a field" + (f"; did you mean {near[0]}?" if near else ""))
                 continue
@@ -341,7 +370,10 @@ class _Reader:
         for name, value in (content.get(section) or {}).items():
             span = _SPAN.fullmatch(value) if isinstance(value, str) else None
             if span:
-                first, last, step = (int(part) if part else 1 for part in span.groups())
+                first, last, step = (int(part[:20]) if part else 1 for part in span.groups())
+                if step < 1 or first > last or last > MAX_SEED:
+                    reason = f"{short(value)} should count up, to {MAX_SEED} at most"
+                    self._wrong(marked.at(section, name), str(name), reason)
                 axes.append({"field": str(name), "values": {"first": first, "last": last, "step": step}})
                 continue
             items = value if isinstance(value, list) else [value]
@@ -376,24 +408,52 @@ class _Reader:
         given = content.get("wildcards")
         if not given:
             return []
-        if isinstance(given, dict):
-            named = {
-                str(name): [str(line) for line in lines] for name, lines in given.items() if isinstance(lines, list)
-            }
-            if len(named) < len(given):
-                self._wrong(marked.at("wildcards"), "wildcards", "each should be a list of lines")
-        else:
-            folder = self._path.parent / str(given)
-            if not folder.is_dir():
-                self._wrong(marked.at("wildcards"), "wildcards", f"there is no folder {str(given)!r} beside the file")
-                return []
-            files = sorted(folder.rglob("*.txt"))
-            named = {
-                file.relative_to(folder).with_suffix("").as_posix(): _lines(file.read_text(encoding="utf-8-sig"))
-                for file in files
-            }
+        named = self._named(given, marked) if isinstance(given, dict) else self._folder(given, marked)
         self.digest.update(json.dumps(named, sort_keys=True).encode())
-        return [self._tables.put_wildcard(name, lines).model_dump() for name, lines in named.items() if lines]
+        found = []
+        for name, lines in named.items():
+            try:
+                found.append(self._tables.put_wildcard(name, lines).model_dump())
+            except InvalidField as error:
+                self._wrong(marked.at("wildcards", name), error.field, error.reason)
+        return found
+
+    def _named(self, given: dict[Any, Any], marked: _Marked) -> dict[str, list[str]]:
+        named = {}
+        for name, lines in given.items():
+            if isinstance(lines, list) and lines and all(isinstance(line, str | int | float) for line in lines):
+                named[str(name)] = [str(line) for line in lines]
+            else:
+                self._wrong(marked.at("wildcards", name), "wildcards", f"{short(name)} should be a list of lines")
+        return named
+
+    def _folder(self, given: Any, marked: _Marked) -> dict[str, list[str]]:
+        folder = self._beside("wildcards", given, marked)
+        if folder is None or not folder.is_dir():
+            if folder is not None:
+                self._wrong(marked.at("wildcards"), "wildcards", f"there is no folder {short(given)} beside the file")
+            return {}
+        named = {}
+        for file in sorted(folder.rglob("*.txt")):
+            _require_file(file)
+            if file.stat().st_size > MAX_SWEEP_BYTES:
+                self._wrong(marked.at("wildcards"), "wildcards", f"{file.name} is larger than {MAX_SWEEP_BYTES} bytes")
+            elif lines := _lines(file.read_text(encoding="utf-8-sig")):
+                named[file.relative_to(folder).with_suffix("").as_posix()] = lines
+        return named
+
+    def _beside(self, section: str, given: Any, marked: _Marked) -> Path | None:
+        """Return a path that a sweep file names, which must lie in its folder or below."""
+        parent = self._path.parent.resolve()
+        found = (parent / given).resolve() if isinstance(given, str) and "\0" not in given else None
+        if found is None or not found.is_relative_to(parent):
+            reason = f"should name what lies in the file's own folder, got {short(given)}"
+            self._wrong(marked.at(section), section, reason)
+            return None
+        if section == "rows" and not found.is_file():
+            self._wrong(marked.at(section), section, f"there is no file {short(given)} beside the sweep")
+            return None
+        return found
 
 
 MAX_PROMPT = 20_000
@@ -425,12 +485,44 @@ def _check_whole(values: dict[str, Any]) -> None:
         InvalidField: names the field.
     """
     uses = values.get("embeddings", [])
-    if not isinstance(uses, list):
-        raise InvalidField("embeddings", f"should be a list, got {short(uses)}")
+    _check_uses(uses)
     try:
         JobSpec.check(values | {"embeddings": [EmbeddingUse.parse(u) if isinstance(u, str) else u for u in uses]})
     except UnknownName as error:
         raise InvalidField(error.kind, str(error)) from error
+
+
+def _refuse_too_many(total: int) -> None:
+    if total > MAX_IMAGES:
+        raise InvalidField("count", f"the file makes more than {MAX_IMAGES} images")
+
+
+def _check_uses(uses: Any) -> None:
+    """Make sure that embeddings are asked for by a list.
+
+    Raises:
+        InvalidField: they are not.
+    """
+    if not isinstance(uses, list | tuple) or len(uses) > MAX_USES:
+        raise InvalidField("embeddings", f"should be a list of up to {MAX_USES} names, got {short(uses)}")
+    for use in uses:
+        if not isinstance(use, str | dict | EmbeddingUse):
+            raise InvalidField("embeddings", f"should be names such as EasyNegative:neg, got {short(use)}")
+        if isinstance(use, dict):
+            try:
+                EmbeddingUse.model_validate(use)
+            except ValidationError as error:
+                raise InvalidField("embeddings", error.errors()[0]["msg"]) from error
+
+
+def _require_file(path: Path) -> None:
+    """Make sure that reading a path comes to an end.
+
+    Raises:
+        UnreadableFile: it is a pipe, a device or a folder.
+    """
+    if not path.is_file() and path.exists():
+        raise UnreadableFile(cut(str(path)), "is no plain file; read from a pipe with -")
 
 
 def duration(name: str, value: object) -> float:
@@ -439,8 +531,10 @@ def duration(name: str, value: object) -> float:
     Raises:
         InvalidField: it is neither.
     """
-    found = _DURATION.fullmatch(str(value))
-    if found is None or isinstance(value, bool):
+    is_plain = isinstance(value, int | float | str) and not isinstance(value, bool)
+    text = value if isinstance(value, str) else short(value)
+    found = _DURATION.fullmatch(text) if is_plain and len(text) < MAX_DURATION else None
+    if found is None:
         raise InvalidField(name, f"should be seconds or like 90m, 12h, 7d, got {short(value)}")
     return float(found.group(1)) * _SECONDS[found.group(2)]
 
@@ -456,13 +550,17 @@ class _Line:
     text: str
     values: dict[str, Any]
     error: tuple[int, str] | None = None
+    file: Path | None = None
     columns: Mapping[str, int] | None = None
+    indent: int = 0
 
     def column_of(self, name: str) -> int:
         """Return the column where a field's name, or its cell, stands."""
         if self.columns is not None:
             return self.columns.get(name, 0)
-        return self.text.find(json.dumps(name.partition(".")[0])) + 1
+        first = name.partition(".")[0]
+        found = re.search(re.escape(json.dumps(first, ensure_ascii=False)) + r"\s*:", self.text)
+        return found.start() + 1 + self.indent if found else 0
 
 
 class _Located(dict[str, Any]):
@@ -476,11 +574,21 @@ class _Located(dict[str, Any]):
 def _open(path: Path) -> IO[str]:
     if str(path) == "-":
         return sys.stdin
+    _require_file(path)
     return path.open(encoding="utf-8-sig", newline="" if path.suffix.lower() in (".csv", ".tsv") else None)
 
 
 def _no_constant(name: str) -> float:
     raise ValueError(f"{name} is no number")
+
+
+def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """Return an object whose keys stand once each."""
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        keys = [key for key, _ in pairs]
+        raise ValueError(f"{short(next(key for key in keys if keys.count(key) > 1))} stands twice")
+    return found
 
 
 def _jsonl(file: IO[str]) -> Iterator[_Line]:
@@ -489,21 +597,26 @@ def _jsonl(file: IO[str]) -> Iterator[_Line]:
         number += 1
         if len(line) > MAX_LINE:
             yield _Line(number, "", {}, (0, f"is longer than {MAX_LINE} characters"))
-            while (rest := file.readline(MAX_LINE)) and not rest.endswith("\n"):
-                pass
+            skipped = 0
+            while (rest := file.readline(MAX_LINE)) and not rest.endswith("\n") and skipped < MAX_SKIPPED:
+                skipped += len(rest)
+            if skipped >= MAX_SKIPPED:
+                return
             continue
         text = line.strip()
         if text and not text.startswith("#"):
-            yield _json_line(number, text)
+            row = _json_line(number, text)
+            row.indent = len(line) - len(line.lstrip())
+            yield row
 
 
 def _json_line(number: int, text: str) -> _Line:
     try:
-        values = json.loads(text, parse_constant=_no_constant)
+        values = json.loads(text, parse_constant=_no_constant, object_pairs_hook=_once)
     except json.JSONDecodeError as error:
         return _Line(number, text, {}, (error.colno, f"is no JSON: {error.msg.lower()}"))
     except (ValueError, RecursionError) as error:
-        reason = "is nested too deep" if isinstance(error, RecursionError) else f"holds a number too large: {error}"
+        reason = "is nested too deep" if isinstance(error, RecursionError) else f"cannot be read: {error}"
         return _Line(number, text, {}, (0, reason[:200]))
     if not isinstance(values, dict):
         return _Line(number, text, {}, (1, 'should be an object such as {"prompt": "…"}'))
@@ -511,12 +624,21 @@ def _json_line(number: int, text: str) -> _Line:
 
 
 def _csv(file: IO[str], path: Path) -> Iterator[_Line]:
-    reader = csv.reader(file, delimiter="\t" if path.suffix.lower() == ".tsv" else ",")
+    reader = csv.reader(file, delimiter="\t" if path.suffix.lower() == ".tsv" else ",", strict=True)
     try:
         header = [name.strip() for name in next(reader)]
     except (StopIteration, csv.Error) as error:
         raise UnreadableFile(str(path), "has no header row") from error
     columns = {name: number for number, name in enumerate(header, 1)}
+    for number, name in enumerate(header, 1):
+        near = nearest(name, JobSpec.model_fields, 1)
+        if header.index(name) < number - 1 or name not in JobSpec.model_fields:
+            hint = f"; did you mean {near[0]}?" if near else ""
+            reason = f"column {short(name)} " + (
+                "stands twice" if name in JobSpec.model_fields else f"is no field{hint}"
+            )
+            yield _Line(1, "", {}, (number, reason))
+            return
     while True:
         try:
             cells = next(reader)
@@ -550,6 +672,29 @@ def _cell(name: str, cell: str) -> Any:
 # ---- YAML with places
 
 
+class _BoundedLoader(yaml.SafeLoader):
+    """Reads no more than so many values, nested no deeper than so far, before anything is made of them."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__(text)
+        self._nodes, self._depth = 0, 0
+
+    def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
+        """Count a value and what it stands in."""
+        self._nodes += 1
+        self._depth += 1
+        if self._nodes > MAX_NODES or self._depth > MAX_DEPTH:
+            what = (
+                f"holds more than {MAX_NODES} values"
+                if self._nodes > MAX_NODES
+                else f"is nested deeper than {MAX_DEPTH}"
+            )
+            raise yaml.MarkedYAMLError(problem=what, problem_mark=self.peek_event().start_mark)  # type: ignore[no-untyped-call]
+        node = super().compose_node(parent, index)
+        self._depth -= 1
+        return node
+
+
 class _Marked:
     """A YAML document as plain values, and where every one of them stands."""
 
@@ -557,7 +702,7 @@ class _Marked:
         self._marks: dict[tuple[Any, ...], Where] = {}
         self._left, self._file = MAX_NODES, file
         try:
-            loader = yaml.SafeLoader(text)
+            loader = _BoundedLoader(text)
             node = loader.get_single_node()
             self.value = self._build(node, (), loader) if node is not None else {}
         except yaml.MarkedYAMLError as error:
@@ -578,10 +723,11 @@ class _Marked:
         if isinstance(node, yaml.MappingNode):
             found: dict[Any, Any] = {}
             for key_node, value_node in node.value:
-                key = loader.construct_object(key_node)
+                key = loader.construct_object(key_node) if isinstance(key_node, yaml.ScalarNode) else None
                 if not isinstance(key, str | int | float) or key in found:
                     line, column = key_node.start_mark.line + 1, key_node.start_mark.column + 1
-                    reason = f"{short(key)} stands twice" if key in found else "a field's name should be a text"
+                    is_twice = key is not None and key in found
+                    reason = f"{short(key)} stands twice" if is_twice else "a field's name should be a text"
                     raise InvalidRows((RowError(self._file, line, column, "YAML", reason),))
                 found[key] = self._build(value_node, (*path, key), loader)
             return found

@@ -30,6 +30,14 @@ import difflib
 from collections.abc import Iterable
 from typing import ClassVar
 
+LONGEST_NAME = 300
+
+
+def cut(text: str, most: int = LONGEST_NAME) -> str:
+    """Return a text as errors quote it, not longer than `most`, in characters that can be written."""
+    text = text if len(text) <= most else text[: most - 1] + "…"
+    return text.encode("utf-8", "backslashreplace").decode()
+
 
 class FarmError(Exception):
     """Root of every error this package raises on purpose."""
@@ -51,6 +59,7 @@ class InvalidField(UsageError):
     code = "INVALID_FIELD"
 
     def __init__(self, field: str, reason: str, line: int | None = None) -> None:
+        field, reason = cut(field), cut(reason, 1500)
         super().__init__(field, reason, line)
         self.field, self.reason, self.line = field, reason, line
 
@@ -65,6 +74,7 @@ class UnknownName(UsageError):
     code = "UNKNOWN_NAME"
 
     def __init__(self, kind: str, name: str, suggestions: tuple[str, ...] = ()) -> None:
+        name = cut(name)
         super().__init__(kind, name, suggestions)
         self.kind, self.name, self.suggestions = kind, name, suggestions
 
@@ -245,5 +255,7 @@ class RenderCanceled(RenderError):
 
 def nearest(name: str, known: Iterable[str], count: int = 3) -> tuple[str, ...]:
     """Return up to `count` of the `known` names that look like `name`, the most alike first."""
+    if len(name) > LONGEST_NAME:
+        return ()
     by_lower = {item.lower(): item for item in known}
     return tuple(by_lower[m] for m in difflib.get_close_matches(name.lower(), by_lower, n=count, cutoff=0.6))

@@ -6,6 +6,7 @@ Names, aliases, default schedules and which samplers call the model twice a step
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Literal
 
 from latentfarm_shared.errors import UnknownName
@@ -91,6 +92,7 @@ PLAIN_UPSCALERS = ("None", "Lanczos", "Nearest")
 EmphasisMode = Literal["Original", "No norm", "Ignore", "None"]
 
 
+@lru_cache(maxsize=1024)
 def resolve_sampler(name: str) -> tuple[str, str | None]:
     """Return the sampler's A1111 name and the schedule a legacy suffix asks for (`DPM++ 2M Karras`).
 
@@ -109,6 +111,7 @@ def resolve_sampler(name: str) -> tuple[str, str | None]:
     raise UnknownName.among("sampler", name, SAMPLERS)
 
 
+@lru_cache(maxsize=1024)
 def resolve_schedule(name: str) -> str:
     """Return the schedule's A1111 name.
 

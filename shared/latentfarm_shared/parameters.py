@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
@@ -39,6 +40,14 @@ Fraction = Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)]
 Level = Annotated[float, Field(ge=0, le=1e5, allow_inf_nan=False)]
 
 
+TRUTHS = frozenset(
+    {
+        "discard_penultimate", "old_karras_range", "sgm_noise_multiplier", "round_timesteps", "zero_terminal_snr",
+        "downcast_alphas", "uni_pc_lower_order_final", "ngms_all_steps",
+    }
+)  # fmt: skip
+
+
 class SamplingOptions(BaseModel):
     """A1111's settings of samplers, schedules and guidance; the defaults are A1111's, 0 leaves a bound open.
 
@@ -73,6 +82,11 @@ class SamplingOptions(BaseModel):
     pad_conds: Literal["no", "empty", "v0"] = "no"
     cfg_rescale: Fraction = 0.0
 
+    @model_validator(mode="before")
+    @classmethod
+    def _no_truth_for_numbers(cls, values: Any) -> Any:
+        return refuse_truth(values, TRUTHS)
+
     @model_validator(mode="after")
     def _range_descends(self) -> Self:
         if self.sigma_min and self.sigma_max and self.sigma_min >= self.sigma_max:
@@ -103,7 +117,7 @@ class HiresFix(BaseModel):
     @model_validator(mode="before")
     @classmethod
     def _split_legacy_sampler(cls, values: Any) -> Any:
-        return split_sampler(values, None)
+        return split_sampler(refuse_truth(values), None)
 
     @field_validator("denoising_strength")
     @classmethod
@@ -163,11 +177,15 @@ def split_sampler(values: Any, default_schedule: str | None) -> Any:
 
 
 def printable(value: str) -> str:
-    """Refuse null characters, which no text needs.
+    """Refuse null characters and halves of characters, which no text needs.
 
     Raises:
         ValueError: there is one.
     """
+    try:
+        value.encode()
+    except UnicodeEncodeError:
+        raise ValueError("must not hold half a character (a lone surrogate)") from None
     if "\0" in value:
         raise ValueError("must not hold a null character")
     return value
@@ -175,5 +193,23 @@ def printable(value: str) -> str:
 
 def short(value: object) -> str:
     """Return a value as errors quote it, cut to 60 characters."""
-    text = repr(value)
+    if isinstance(value, str | bytes):
+        value = value[:60]
+    try:
+        text = repr(value)
+    except (ValueError, RecursionError):  # a number or a nesting beyond what Python writes out
+        text = f"a {type(value).__name__}"
     return text if len(text) <= 60 else text[:57] + "…"
+
+
+def refuse_truth(values: Any, but: Collection[str] = ()) -> Any:
+    """Refuse true and false where a number or a text belongs; fields named in `but` take them.
+
+    Raises:
+        ValueError: names the field.
+    """
+    if isinstance(values, dict):
+        for name, value in values.items():
+            if isinstance(value, bool) and name not in but:
+                raise ValueError(f"{name}: should be a number or a text, got {value}")
+    return values

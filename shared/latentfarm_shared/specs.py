@@ -22,7 +22,7 @@ from pydantic import (
     model_validator,
 )
 
-from latentfarm_shared.errors import InvalidField, UnknownName, nearest
+from latentfarm_shared.errors import InvalidField, UnknownName, cut, nearest
 from latentfarm_shared.explicit import bare, removed, weighed
 from latentfarm_shared.names import EmphasisMode, resolve_sampler, resolve_schedule
 from latentfarm_shared.parameters import (
@@ -32,6 +32,7 @@ from latentfarm_shared.parameters import (
     HiresFix,
     SamplingOptions,
     printable,
+    refuse_truth,
     short,
     split_sampler,
 )
@@ -43,6 +44,7 @@ from latentfarm_shared.sweeps.points import Column, Grid
 MAX_SEED = 2**32 - 1
 MAX_SPEC_BYTES = 64 * 1024
 MAX_IMAGES = 1_000_000
+MAX_TEXT = 200_000
 SAMPLED = 32
 SETTLED = {"settled": True}  # a spec that was checked when it was submitted
 
@@ -140,7 +142,7 @@ class JobSpec(BaseModel):
     name: str = Field("", max_length=200)
     prompt: str = Field("", max_length=20_000)
     negative_prompt: str = Field("", max_length=20_000)
-    embeddings: tuple[EmbeddingUse, ...] = ()
+    embeddings: Annotated[tuple[EmbeddingUse, ...], Field(max_length=1000, fail_fast=True)] = ()
     model: str = Field("demo", min_length=1, max_length=200)
     sampler: str = "Euler"
     schedule: str = "Automatic"
@@ -180,10 +182,10 @@ class JobSpec(BaseModel):
     max_runtime: Seconds | None = None
     keep: Seconds | None = None
     key: str | None = Field(None, min_length=1, max_length=300)
-    tags: tuple[Tag, ...] = Field((), max_length=50)
-    metadata: dict[str, str] = Field({}, max_length=50)
-    requires: tuple[Need, ...] = Field((), max_length=20)
-    without: tuple[str, ...] = ()
+    tags: Annotated[tuple[Tag, ...], Field(max_length=50, fail_fast=True)] = ()
+    metadata: dict[Tag, Annotated[str, Field(max_length=1000)]] = Field({}, max_length=50)
+    requires: Annotated[tuple[Need, ...], Field(max_length=20, fail_fast=True)] = ()
+    without: Annotated[tuple[str, ...], Field(max_length=10_000, fail_fast=True)] = ()
     pack: Pack | None = None
 
     def model_copy(self, *, update: Mapping[str, Any] | None = None, deep: bool = False) -> Self:
@@ -263,7 +265,7 @@ class JobSpec(BaseModel):
         for axis in self.swept:
             if axis.kind == "replace" and axis.field in values:
                 value = str(values[axis.field])
-                job = job.with_prompts({field: text.replace(axis.subject, value) for field, text in job.prompts})
+                job = job.with_prompts({field: replaced(text, axis.subject, value) for field, text in job.prompts})
         return job.with_prompts(dict(texts)) if texts else job
 
     def at(self, values: Point, texts: Mapping[str, str] | None = None) -> Self:
@@ -333,7 +335,7 @@ class JobSpec(BaseModel):
     @model_validator(mode="before")
     @classmethod
     def _split_legacy_sampler(cls, values: Any) -> Any:
-        return split_sampler(values, "Automatic")
+        return split_sampler(refuse_truth(values, ("tiling", "reuse")), "Automatic")
 
     @field_validator("schedule")
     @classmethod
@@ -360,10 +362,28 @@ class JobSpec(BaseModel):
 
     @model_validator(mode="after")
     def _sweep_makes_images(self, info: ValidationInfo) -> Self:
-        if info.context == SETTLED or not (self.is_sweep or self.exclude):
+        if info.context == SETTLED:
             return self
-        check_sweep(self)
+        if self.variants > 1 and self.dynamic != "all":
+            raise ValueError("variants is worked out where dynamic is 'all'; leave it out")
+        if self.is_sweep or self.exclude:
+            check_sweep(self)
         return self
+
+    @field_validator("tags", "metadata")
+    @classmethod
+    def _visible(cls, value: Any) -> Any:
+        for text in (*value, *value.values()) if isinstance(value, dict) else value:
+            if not text.isprintable():
+                raise ValueError(f"should hold printable characters alone, got {short(text)}")
+        return value
+
+    @field_validator("include", "exclude", mode="before")
+    @classmethod
+    def _points_of_numbers_and_texts(cls, value: Any) -> Any:
+        for point in value if isinstance(value, list | tuple) else ():
+            refuse_truth(point)
+        return value
 
     @field_validator("requires")
     @classmethod
@@ -423,10 +443,13 @@ class JobSpec(BaseModel):
         """
         unknown = next((name for name in values if name not in cls.model_fields), None)
         if unknown is not None:
+            unknown = cut(str(unknown))
             near = nearest(unknown, cls.model_fields)
             raise InvalidField(unknown, "is not a field" + (f"; did you mean {near[0]}?" if near else ""), line)
         try:
             spec = cls.model_validate(values)
+        except RecursionError as error:
+            raise InvalidField("job", "is nested too deep", line) from error
         except ValidationError as error:
             first = error.errors()[0]
             field = ".".join(str(part) for part in first["loc"]) or "spec"
@@ -434,7 +457,9 @@ class JobSpec(BaseModel):
             given = f", got {short(first['input'])}" if first["loc"] else ""
             raise InvalidField(field, message + given, line) from error
         if len(spec.encode().encode()) > MAX_SPEC_BYTES:
-            raise InvalidField("prompt", f"the job is larger than {MAX_SPEC_BYTES} bytes", line)
+            raise InvalidField(
+                "job", f"is larger than {MAX_SPEC_BYTES} bytes; put long lists into a table of rows", line
+            )
         return spec
 
     def encode(self) -> str:
@@ -456,6 +481,17 @@ JOB_FIELDS = frozenset(_PLAIN) | {
     "reuse", "priority", "expires_in", "max_runtime", "keep", "key", "tags", "metadata", "requires",
 }  # fmt: skip
 """Fields that decide no pixels: they say which images there are and how they are handled."""
+
+
+def replaced(text: str, subject: str, value: str) -> str:
+    """Return a text with a value in place of another text.
+
+    Raises:
+        InvalidField: that would make it longer than a prompt may become.
+    """
+    if len(text) + text.count(subject) * len(value) > MAX_TEXT:
+        raise InvalidField("prompt", f"{short(value)} in place of {short(subject)} makes it longer than {MAX_TEXT}")
+    return text.replace(subject, value)
 
 
 class Layout:
@@ -518,9 +554,9 @@ def check_sweep(spec: JobSpec) -> None:
     fields = [axis.field for axis in spec.swept]
     twice = next((field for field in fields if fields.count(field) > 1), None)
     if twice is not None:
-        raise ValueError(f"axis {twice!r} stands twice")
+        raise ValueError(f"axis {short(twice)} stands twice")
     if len({len(axis.items) for axis in spec.zipped}) > 1:
-        lengths = ", ".join(f"{axis.field} {len(axis.items)}" for axis in spec.zipped)
+        lengths = ", ".join(f"{short(axis.field)} {len(axis.items)}" for axis in spec.zipped)
         raise ValueError(f"zipped axes should be of one length, but there are {lengths}")
     for axis in spec.swept:
         _check_axis(spec, axis)
@@ -538,14 +574,18 @@ def _check_axis(spec: JobSpec, axis: Axis) -> None:
     if axis.kind not in ("replace", "strength") and axis.field not in SWEPT:
         near = nearest(axis.field, SWEPT, 1)
         hint = f"did you mean {near[0]}? " if near else ""
-        raise ValueError(f"{axis.field!r} is no axis; {hint}there are {', '.join(SWEPT)}, replace:TEXT, strength:NAME")
+        raise ValueError(
+            f"{short(axis.field)} is no axis; {hint}there are {', '.join(SWEPT)}, replace:TEXT, strength:NAME"
+        )
     if axis.kind == "replace" and not spec.rows and not any(axis.subject in text for text in _texts(spec)):
-        raise ValueError(f"{axis.subject!r} stands in none of the prompts")
+        raise ValueError(f"{short(axis.subject)} stands in none of the prompts")
     for value in _ends(axis):
         if axis.kind == "strength" and (isinstance(value, str) or not -10 <= value <= 10):
-            raise ValueError(f"{axis.field}: {value!r} should be a number from -10 to 10")
+            raise ValueError(f"{cut(axis.field)}: {short(value)} should be a number from -10 to 10")
         if not axis.kind:
             check_value(axis.field, value)
+        elif isinstance(value, str):
+            printable(value)
 
 
 def _texts(spec: JobSpec) -> list[str]:
@@ -559,16 +599,19 @@ def _check_points(spec: JobSpec, fields: list[str]) -> None:
     for point in spec.exclude:
         strange = next((field for field in point if field not in fields), None)
         if strange is not None or not point:
-            raise ValueError(f"exclude names {strange!r}, which is no axis" if point else "an exclude names nothing")
+            raise ValueError(
+                f"exclude names {short(strange)}, which is no axis" if point else "an exclude names nothing"
+            )
         for axis in spec.swept:
             if axis.field in point and point[axis.field] not in axis.items:
-                raise ValueError(f"exclude: {axis.field} never is {point[axis.field]!r}")
+                raise ValueError(f"exclude: {cut(axis.field)} never is {short(point[axis.field])}")
     for point in spec.include:
         for field, value in point.items():
             if field in ("model", "rows") or (field not in SWEPT and field not in fields):
-                raise ValueError(f"include cannot set {field!r}; it can {', '.join(SWEPT[1:])}")
+                raise ValueError(f"include cannot set {short(field)}; it can {', '.join(SWEPT[1:])}")
             if ":" not in field:
                 check_value(field, value)
+        _check_together(spec, {field: value for field, value in point.items() if ":" not in field})
 
 
 def _check_models(spec: JobSpec) -> None:
@@ -599,12 +642,16 @@ def _check_corners(spec: JobSpec) -> None:
     """Make sure that the largest and the smallest values go together."""
     plain = [axis for axis in spec.swept if not axis.kind and not isinstance(axis.items[0], str)]
     for extreme in (min, max):
-        corner = {axis.field: extreme(_ends(axis), key=float) for axis in plain}
-        try:
-            type(spec).model_validate(spec.model_dump() | _PLAIN | corner)
-        except ValidationError as error:
-            where = ", ".join(f"{field} {value}" for field, value in corner.items())
-            raise ValueError(f"at {where}: {error.errors()[0]['msg'].removeprefix('Value error, ')}") from error
+        _check_together(spec, {axis.field: extreme(_ends(axis), key=float) for axis in plain})
+
+
+def _check_together(spec: JobSpec, point: Point) -> None:
+    """Make sure that the values of a point make a job."""
+    try:
+        type(spec).model_validate(spec.model_dump() | _PLAIN | point)
+    except ValidationError as error:
+        where = ", ".join(f"{field} {short(value)}" for field, value in point.items())
+        raise ValueError(f"at {where}: {error.errors()[0]['msg'].removeprefix('Value error, ')}") from error
 
 
 @cache
@@ -623,6 +670,10 @@ def check_value(field: str, value: Value) -> None:
     Raises:
         ValueError: the field does not take it.
     """
+    if isinstance(value, bool) and field not in ("tiling", "reuse"):
+        raise ValueError(f"{field}: should be a number or a text, got {value}")
+    if isinstance(value, str) and field.endswith("prompt"):
+        printable(value)
     try:
         _field_check(field).validate_python(value)
     except ValidationError as error:

@@ -10,7 +10,8 @@ from collections import OrderedDict
 from collections.abc import Callable, Iterable, Mapping
 from functools import cached_property
 
-from latentfarm_shared.errors import RenderError
+from latentfarm_shared.errors import InvalidField, RenderError
+from latentfarm_shared.parameters import printable, short
 from latentfarm_shared.specs import JobSpec, Rows, Wildcard
 from latentfarm_shared.storage import MissingObject, Store
 from latentfarm_shared.sweeps.axes import Point
@@ -18,6 +19,8 @@ from latentfarm_shared.sweeps.axes import Point
 CHUNK_ROWS = 5000
 CHUNKS_HELD = 4
 LEVEL = 1
+PIECE_BYTES = 2**20
+MAX_WILDCARD_LINE, WILDCARD_HELD = 20_000, 200
 
 
 def _key(sha256: str) -> str:
@@ -39,7 +42,21 @@ class TableStore:
         return RowWriter(name, self.put)
 
     def put_wildcard(self, name: str, lines: Iterable[str]) -> Wildcard:
-        """Freeze a wildcard's lines."""
+        """Freeze a wildcard's lines.
+
+        Raises:
+            InvalidField: it has no name, or lines that cannot stand in a prompt.
+        """
+        lines = list(lines)
+        if not 1 <= len(name.strip()) <= 200 or not name.isprintable():
+            raise InvalidField("wildcards", f"{short(name)} should be a name of up to 200 printable characters")
+        for line in lines:
+            if not line.strip() or len(line) > MAX_WILDCARD_LINE:
+                raise InvalidField("wildcards", f"{name}: a line should have 1 to {MAX_WILDCARD_LINE} characters")
+            try:
+                printable(line)
+            except ValueError as error:
+                raise InvalidField("wildcards", f"{name}: a line {error}") from error
         return Wildcard(name=name, sha256=self.put("\n".join(lines).encode()))
 
     def put(self, data: bytes) -> str:
@@ -67,9 +84,13 @@ class TableStore:
         with self._guard:
             found = self._indexes.get(rows.index)
         if found is None:
-            found = [str(chunk) for chunk in json.loads(self._get(rows.index))["chunks"]]
+            index = json.loads(self._get(rows.index))
+            found = [str(chunk) for chunk in index["chunks"]]
+            if (index["rows"], index["total"]) != (rows.chunk, rows.total):
+                raise RenderError(f"the job's table {rows.index[:12]} has other rows than the job says")
             with self._guard:
                 self._indexes[rows.index] = found
+                _forget_oldest(self._indexes)
         return found
 
     def _chunk(self, sha256: str) -> list[Point]:
@@ -92,6 +113,7 @@ class TableStore:
             found = self._get(wildcard.sha256).decode().splitlines()
             with self._guard:
                 self._lines[wildcard.sha256] = found
+                _forget_oldest(self._lines)
         return found
 
     def _get(self, sha256: str) -> bytes:
@@ -102,6 +124,11 @@ class TableStore:
         if hashlib.sha256(data).hexdigest() != sha256:
             raise RenderError(f"the store holds something else than the job's table {sha256[:12]}")
         return data
+
+
+def _forget_oldest(held: dict[str, list[str]]) -> None:
+    if len(held) > WILDCARD_HELD:
+        del held[next(iter(held))]
 
 
 class JobData:
@@ -131,20 +158,32 @@ class RowWriter:
     def __init__(self, name: str, put: Callable[[bytes], str]) -> None:
         self._name, self._put = name, put
         self._lines: list[str] = []
+        self._size, self._packed = 0, b""
         self._chunks: list[str] = []
         self.total = 0
 
     def add(self, row: Mapping[str, object]) -> None:
         """Add a row."""
-        self._lines.append(json.dumps(row, ensure_ascii=False, separators=(",", ":")))
+        line = json.dumps(row, ensure_ascii=False, separators=(",", ":"))
+        self._lines.append(line)
+        self._size += len(line)
         self.total += 1
-        if len(self._lines) == CHUNK_ROWS:
+        if self._size > PIECE_BYTES:
+            self._pack()
+        if self.total % CHUNK_ROWS == 0:
             self._flush()
 
-    def _flush(self) -> None:
+    def _pack(self) -> None:
+        """Compress what is held; pieces put together are one file."""
         if self._lines:
-            self._chunks.append(self._put(gzip.compress("\n".join(self._lines).encode(), LEVEL, mtime=0)))
-            self._lines = []
+            self._packed += gzip.compress(("\n".join(self._lines) + "\n").encode(), LEVEL, mtime=0)
+            self._lines, self._size = [], 0
+
+    def _flush(self) -> None:
+        self._pack()
+        if self._packed:
+            self._chunks.append(self._put(self._packed))
+            self._packed = b""
 
     def close(self) -> Rows:
         """Write the rest and the index; return what a job names."""

@@ -13,7 +13,7 @@ from latentfarm_shared.ledger import Claim, Ledger
 from latentfarm_shared.settings import Settings
 from latentfarm_shared.specs import ImageSpec
 from latentfarm_shared.storage import ObjectStore
-from latentfarm_worker.operations import Model, Progress, Render
+from latentfarm_worker.operations import Model, Progress, Render, Rendered
 from latentfarm_worker.process import main
 from latentfarm_worker.simulated import SimulatedBackend
 
@@ -31,7 +31,8 @@ class PoisonedBackend(SimulatedBackend):
             try:
                 operation = next(render) if number == 0 else render.send(result)
             except StopIteration as done:
-                return done.value
+                last: Rendered = done.value
+                return last
             result = yield operation
             if number == 1:
                 _misbehave(image.job.prompt, image.job.negative_prompt)

@@ -32,7 +32,20 @@ MAX_PARTS, MAX_CHARACTERS, MAX_CHUNKS = 32, 200_000, 1024
 MAX_CHECKED = 10_000
 MAX_ROWS_AT_EVERY_POINT = 20
 PLAIN_LENGTH = 1000
-PLAIN_FIELDS = frozenset({"prompt", "negative_prompt", "seed", "cfg_scale", "variation_seed"})
+PLAIN_FIELDS = frozenset(
+    {
+        "prompt",
+        "negative_prompt",
+        "seed",
+        "cfg_scale",
+        "variation_seed",
+        "steps",
+        "sampler",
+        "schedule",
+        "width",
+        "height",
+    }
+)
 _MARKS = re.compile(r"[<>\[\]{}\\#]|embedding:|\bAND\b")
 _CODE_LIKE = re.compile(r"[\d_-]")
 _SIMPLE_WORDS = re.compile(r"[a-z0-9_'-]+")

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Annotated
+from typing import Annotated, Any
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 Value = int | float | str
+
+
+MOST_VALUES = 10_000
 
 
 class Span(BaseModel):
@@ -36,7 +39,27 @@ class Axis(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     field: str = Field(min_length=1, max_length=300)
-    values: Annotated[tuple[Value, ...], Field(min_length=1, max_length=10_000)] | Span
+    values: Annotated[tuple[Value, ...], Field(min_length=1, max_length=10_000, fail_fast=True)] | Span
+
+    @model_validator(mode="before")
+    @classmethod
+    def _values_are_numbers_or_texts(cls, given: Any) -> Any:
+        """Look at the values before they are read, so that of many wrong ones the first is told."""
+        values = given.get("values") if isinstance(given, dict) else None
+        if isinstance(values, list | tuple):
+            if len(values) > MOST_VALUES:
+                raise ValueError(f"has {len(values)} values; {MOST_VALUES} are possible, or a span such as 1..100000")
+            wrong = next((v for v in values if isinstance(v, bool) or not isinstance(v, int | float | str)), None)
+            if wrong is not None or None in values:
+                raise ValueError(f"values should be numbers or texts, got {type(wrong).__name__}")
+        return given
+
+    @field_validator("field")
+    @classmethod
+    def _has_a_subject(cls, value: str) -> str:
+        if not value.isprintable() or (":" in value and not value.partition(":")[2].strip()):
+            raise ValueError("should be a field, or replace:TEXT or strength:NAME with something behind the colon")
+        return value
 
     @property
     def items(self) -> Sequence[Value]:

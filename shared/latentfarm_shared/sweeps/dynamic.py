@@ -14,8 +14,9 @@ from dataclasses import dataclass
 from itertools import combinations, islice
 
 MAX_DEPTH = 8
+MAX_NODES = 200_000
 MAX_SETS = 100_000
-_WILDCARD = re.compile(r"__([^\W_][\w\-./* ]*?)__")
+_WILDCARD = re.compile(r"__([^\s_](?:[^\n{}|,]{0,100}?[^\s_])?)__")
 _WEIGHT = re.compile(r"\s*(\d+(?:\.\d+)?)::")
 _COUNT = re.compile(r"\s*(\d{1,3})?(-)?(\d{1,3})?\$\$")
 Wildcards = Callable[[str], Sequence[str]]
@@ -102,8 +103,8 @@ class Choice(Node):
     ) -> None:
         self.options, self.weights, self.separator = tuple(options), tuple(weights), separator
         self.least, self.most = min(least, len(options)), min(most, len(options))
-        if sum(math.comb(len(options), size) for size in range(self.least, self.most + 1)) > MAX_SETS:
-            raise ValueError(f"{least} to {most} of {len(options)} options make more than {MAX_SETS} combinations")
+        if not all(map(math.isfinite, weights)) or sum(weight > 0 for weight in weights) < self.most:
+            raise ValueError(f"{self.most} options should have a weight above 0")
         self._sets = [
             chosen for size in range(self.least, self.most + 1) for chosen in combinations(range(len(options)), size)
         ]
@@ -138,7 +139,25 @@ class Choice(Node):
         return self.separator.join(self.options[p].nth(rounds) for p in sorted(places))
 
 
-def parse(template: str, wildcards: Wildcards, depth: int = 0) -> Node:
+class Budget:
+    """How much of a template there may be, wildcards in wildcards and combinations included; and wildcards read already."""
+
+    def __init__(self) -> None:
+        self.nodes, self.sets = MAX_NODES, MAX_SETS
+        self.known: dict[str, Node] = {}
+
+    def spend(self, nodes: int = 0, sets: int = 0) -> None:
+        """Take from what is left.
+
+        Raises:
+            ValueError: nothing is.
+        """
+        self.nodes, self.sets = self.nodes - nodes, self.sets - sets
+        if self.nodes < 0 or self.sets < 0:
+            raise ValueError("its choices and wildcards make too much of it; write fewer of them")
+
+
+def parse(template: str, wildcards: Wildcards, depth: int = 0, budget: Budget | None = None) -> Node:
     """Parse a template; a wildcard's lines are templates too.
 
     Raises:
@@ -147,12 +166,13 @@ def parse(template: str, wildcards: Wildcards, depth: int = 0) -> Node:
     """
     if depth > MAX_DEPTH:
         raise ValueError(f"wildcards stand in wildcards more than {MAX_DEPTH} deep")
-    return _Parser(template, wildcards, depth).sequence(stops="")
+    return _Parser(template, wildcards, depth, budget or Budget()).sequence(stops="")
 
 
 class _Parser:
-    def __init__(self, text: str, wildcards: Wildcards, depth: int) -> None:
+    def __init__(self, text: str, wildcards: Wildcards, depth: int, budget: Budget) -> None:
         self._text, self._wildcards, self._depth, self._at = text, wildcards, depth, 0
+        self._budget = budget
 
     def sequence(self, stops: str) -> Node:
         """Read up to one of `stops`, or to the end."""
@@ -174,8 +194,13 @@ class _Parser:
 
     def _lines_of(self, found: re.Match[str]) -> Node:
         self._at = found.end()
-        lines = self._wildcards(found.group(1))
-        return Choice([parse(line, self._wildcards, self._depth + 1) for line in lines], [1.0] * len(lines))
+        name = found.group(1)
+        if name not in self._budget.known:
+            lines = self._wildcards(name)
+            self._budget.spend(len(lines), len(lines))
+            nodes = [parse(line, self._wildcards, self._depth + 1, self._budget) for line in lines]
+            self._budget.known[name] = Choice(nodes, [1.0] * len(lines))
+        return self._budget.known[name]
 
     def _choice(self) -> Node:
         began = self._at
@@ -195,6 +220,8 @@ class _Parser:
                 break
         if not sum(weights):
             raise ValueError(f"column {began + 1}: every weight is 0")
+        sizes = range(min(least, len(options)), min(most, len(options)) + 1)
+        self._budget.spend(len(options), sum(math.comb(len(options), size) for size in sizes))
         return Choice(options, weights, least, most, separator)
 
     def _how_many(self, began: int) -> tuple[int, int, str]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Sequence
-from functools import cache
+from functools import lru_cache
 from typing import Literal, Protocol
 
 OrderName = Literal["sequential", "random", "corners-first", "spread"]
@@ -182,7 +182,7 @@ def _number(digits: Sequence[int], sides: Sequence[int]) -> int:
     return number
 
 
-@cache
+@lru_cache(maxsize=16)
 def refinement(side: int) -> tuple[int, ...]:
     """Return the places of a side: both ends, the middle, the middles of the halves, and so on."""
     if side <= 2:

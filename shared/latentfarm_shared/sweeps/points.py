@@ -31,6 +31,7 @@ class Column:
 
 
 _Alive = frozenset[int]
+MAX_STATES = 5000
 
 
 @dataclass(frozen=True, eq=False)
@@ -96,6 +97,8 @@ class Grid:
     def _sums(self, level: int, alive: _Alive) -> list[int]:
         key = level, alive
         if key not in self._counts:
+            if len(self._counts) > MAX_STATES:
+                raise ValueError(f"the excludes cross in more than {MAX_STATES} ways; leave some out")
             column, under = self.columns[level], {}
             counts = []
             for row in range(len(column)):

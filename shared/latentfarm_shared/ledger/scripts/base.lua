@@ -52,9 +52,13 @@ local OWNERS_SEEN = 512
 local WOKEN = 100
 local LONE_MS = 5000
 
+local at_once  -- a script's clock stands still
 local function now()
-  local t = redis.call('TIME')
-  return t[1] * 1000 + math.floor(t[2] / 1000)
+  if not at_once then
+    local t = redis.call('TIME')
+    at_once = t[1] * 1000 + math.floor(t[2] / 1000)
+  end
+  return at_once
 end
 
 local function key_of(job) return 'lf:job:' .. job end

@@ -8,10 +8,15 @@ local function beat(_, a)
   redis.call('PEXPIRE', key, 60000)
   redis.call('ZADD', 'lf:workers', at, worker)
   local answer = { redis.call('SISMEMBER', 'lf:drained', station_of(worker)) }
+  local leases, closed = {}, {}
   for _, member in ipairs(redis.call('SMEMBERS', key .. ':claims')) do
-    redis.call('ZADD', 'lf:leases', 'XX', at + lease, member)
-    if (redis.call('HGET', key_of(split(member)), 'closed') or '') ~= '' then answer[#answer + 1] = member end
+    local job = split(member)
+    leases[#leases + 1] = at + lease
+    leases[#leases + 1] = member
+    if closed[job] == nil then closed[job] = (redis.call('HGET', key_of(job), 'closed') or '') ~= '' end
+    if closed[job] then answer[#answer + 1] = member end
   end
+  if #leases > 0 then redis.call('ZADD', 'lf:leases', 'XX', unpack(leases)) end
   return answer
 end
 
