@@ -7,7 +7,7 @@ PIP := $(BIN)/pip install --quiet --disable-pip-version-check --constraint const
 INSTALLED := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test check install bench clean demo-checkpoint
+.PHONY: help demo test check install bench soak clean demo-checkpoint
 
 help:  ## Show what there is
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-16s %s\n", $$1, $$2}'
@@ -36,6 +36,10 @@ $(INSTALLED): pyproject.toml demo/pyproject.toml constraints.txt
 
 bench: install  ## Measure memory and speed on this machine; results in bench/results
 	@$(BIN)/python -m bench
+
+soak: install  ## The long form of the fault suite and of the ledger's model (an hour)
+	@STORM_S=600 FAULT_S=120 $(BIN)/pytest tests/acceptance/test_storm.py tests/acceptance/test_recovery.py tests/acceptance/test_scheduling.py -s --timeout 3000
+	@$(BIN)/pytest tests/integration/test_ledger_model.py --hypothesis-profile=soak --timeout 0
 
 demo-checkpoint: install  ## Make the demo checkpoint again from nothing (hours; resumable)
 	@PYTHONPATH=tools $(BIN)/python -m demo_checkpoint

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import random
 from collections.abc import Callable, Mapping, Sequence
@@ -752,39 +751,3 @@ def _seeded(job: JobSpec, index: int, among: int, point: Point) -> ImageSpec:
     if job.variation_strength:
         return ImageSpec(index=index, seed=job.seed, variation_seed=job.variation_seed + among, job=job, point=point)
     return ImageSpec(index=index, seed=job.seed + among, job=job, point=point)
-
-
-def read_jsonl(text: str) -> list[JobSpec]:
-    """Read one job a line; the whole text is checked before anything is returned.
-
-    Blank lines and lines that start with `#` are passed over. Embeddings may be written `"NAME:neg"`.
-
-    Raises:
-        InvalidField, UnknownName: with the line.
-    """
-    specs = []
-    for number, line in enumerate(text.removeprefix("\ufeff").splitlines(), 1):
-        if line.strip() and not line.lstrip().startswith("#"):
-            specs.append(_read_row(line, number))
-    if not specs:
-        raise InvalidField("file", "holds no job")
-    return specs
-
-
-def _read_row(line: str, number: int) -> JobSpec:
-    try:
-        row = json.loads(line)
-    except json.JSONDecodeError as error:
-        raise InvalidField("JSON", f"column {error.colno}: {error.msg.lower()}", number) from error
-    except (ValueError, RecursionError) as error:
-        raise InvalidField("JSON", "holds a number too large or is nested too deep", number) from error
-    if not isinstance(row, dict):
-        raise InvalidField("JSON", 'should be an object such as {"prompt": "…"}', number)
-    try:
-        if isinstance(row.get("embeddings"), list):
-            row["embeddings"] = [EmbeddingUse.parse(e) if isinstance(e, str) else e for e in row["embeddings"]]
-        return JobSpec.check(row, number)
-    except UnknownName as error:
-        raise InvalidField(error.kind, str(error), number) from error
-    except InvalidField as error:
-        raise InvalidField(error.field, error.reason, number) from error

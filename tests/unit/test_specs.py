@@ -2,12 +2,12 @@ import pytest
 from hypothesis import assume, given
 from hypothesis import strategies as st
 from latentfarm_shared.a1111 import spec_from_request
-from latentfarm_shared.errors import FarmError, InvalidField, UnknownName
+from latentfarm_shared.errors import InvalidField, UnknownName
 from latentfarm_shared.infotext import format_infotext, read_infotext, spec_values
 from latentfarm_shared.names import effective_schedule
 from latentfarm_shared.parameters import EmbeddingUse, HiresFix
 from latentfarm_shared.records import Lock
-from latentfarm_shared.specs import MAX_SEED, JobSpec, expand, read_jsonl
+from latentfarm_shared.specs import MAX_SEED, JobSpec, expand
 
 from tests.conftest import checkpoint
 
@@ -75,39 +75,6 @@ def test_embedding_use_reads_its_side(text: str, side: str | None) -> None:
 def test_embedding_use_refuses_what_is_no_name(text: str) -> None:
     with pytest.raises(InvalidField):
         EmbeddingUse.parse(text)
-
-
-def test_jsonl_reads_rows_and_passes_over_comments() -> None:
-    specs = read_jsonl('\ufeff{"prompt": "a", "embeddings": ["x:neg"]}\n\n# note\n{"prompt": "b", "count": 2}\n')
-
-    assert [s.prompt for s in specs] == ["a", "b"]
-    assert specs[0].embeddings[0].side == "negative"
-
-
-@pytest.mark.parametrize(
-    ("text", "line"),
-    [
-        ('{"prompt": "a"}\n{"prompt": ', 2),
-        ('{"prompt": "a"}\n\n{"steps": 999}', 3),
-        ('["a"]', 1),
-        ('{"prompt": "a", "sampler": "nope"}', 1),
-        ('{"prompt": "a", "embeddings": ["x:up"]}', 1),
-        ('{"prompt": "a", "embeddings": [""]}', 1),
-        ('{"prompt": "a", "seed": ' + "9" * 5000 + "}", 1),
-        ("[" * 100_000, 1),
-    ],
-)
-def test_jsonl_error_names_the_line(text: str, line: int) -> None:
-    with pytest.raises(InvalidField) as caught:
-        read_jsonl(text)
-
-    assert caught.value.line == line
-    assert f"line {line}" in str(caught.value)
-
-
-def test_empty_file_is_refused() -> None:
-    with pytest.raises(FarmError, match="no job"):
-        read_jsonl("\n# nothing\n")
 
 
 def described(**values: object) -> tuple[JobSpec, JobSpec]:
