@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from latentfarm_shared.embeddings.sandbox import Sandbox
-from latentfarm_shared.errors import InvalidField, RenderError, Unavailable
+from latentfarm_shared.errors import InvalidField, RenderError, Unavailable, UsageError
 from latentfarm_shared.explicit import plain_name
 from latentfarm_shared.intake import Intake
 from latentfarm_shared.ledger import Ledger, WorkerStatus
@@ -156,7 +156,12 @@ class Farm:
         found = self.read_file(path, defaults)
         keys = [None if anew else f"file:{found.digest}:{number}" for number in range(len(found.specs))]
         specs = [s if s.key else s.model_copy(update={"key": k}) for s, k in zip(found.specs, keys, strict=True)]
-        frozen = [self.freeze(spec) for spec in specs]
+        frozen = []
+        for number, spec in enumerate(specs):
+            try:
+                frozen.append(self.freeze(spec))
+            except UsageError as error:
+                raise found.wrong(number, error) from error
         jobs = [self._send(spec, locks, None) for spec, locks in frozen]
         self.ledger.acknowledge()
         for job in jobs:

@@ -30,6 +30,7 @@ MAX_SWEEP_BYTES, MAX_NODES, MAX_DEPTH = 16 * 2**20, 100_000, 24
 MAX_LINE = 2**20
 MAX_SKIPPED = 2**26
 MAX_USES = 1000
+MAX_PATH = 200
 MAX_DURATION = 40
 MAX_ERRORS, SHOWN_ERRORS = 100, 20
 MAX_GROUPS = 200
@@ -86,6 +87,19 @@ class JobFile:
 
     specs: tuple[JobSpec, ...]
     digest: str
+    path: str
+    lines: tuple[tuple[int, bool], ...]
+    """Where each job begins, and whether its rows stand in one line each from there on."""
+
+    def wrong(self, number: int, error: UsageError) -> InvalidRows:
+        """Return what is wrong with a job as an error that tells where the job begins."""
+        field = error.field if isinstance(error, InvalidField) else "prompt"
+        reason = error.reason if isinstance(error, InvalidField) else str(error)
+        line, is_straight = self.lines[number]
+        row = error.line if isinstance(error, InvalidField) else None
+        if row is not None:
+            line, reason = (line + row - 1, reason) if is_straight else (line, f"row {row}: {reason}")
+        return InvalidRows((RowError(self.path, line, 0, field, reason),))
 
 
 def read_job_file(
@@ -97,6 +111,10 @@ def read_job_file(
         InvalidRows: what is wrong, and where.
         UnreadableFile: it cannot be read at all.
     """
+    forged = next((name for name in ("rows", "wildcards", "variants") if name in defaults), None)
+    if forged is not None:
+        raise InvalidField(forged, "is made from a file, not given")
+    _check_whole(dict(defaults))
     reader = _Reader(path, tables, defaults, side_of or (lambda _name: "positive"))
     suffix = path.suffix.lower()
     if str(path) != "-" and suffix not in (*TABLES, *SWEEPS):
@@ -110,7 +128,8 @@ def read_job_file(
     if not specs and not reader.errors:
         raise UnreadableFile(str(path), "holds no job")
     reader.raise_errors()
-    return JobFile(tuple(specs), reader.digest.hexdigest())
+    lines = tuple(reader.lines) or ((1, False),) * len(specs)
+    return JobFile(tuple(specs), reader.digest.hexdigest(), str(path), lines)
 
 
 class _Enough(Exception):
@@ -123,6 +142,8 @@ class _Group:
 
     fields: dict[str, Any]
     writer: RowWriter
+    line: int
+    is_straight: bool = True
     first: dict[str, Any] = field(default_factory=dict)
 
 
@@ -132,6 +153,7 @@ class _Reader:
     ) -> None:
         self._path, self._tables, self._side_of = path, tables, side_of
         self.errors: list[RowError] = []
+        self.lines: list[tuple[int, bool]] = []
         self.digest = hashlib.sha256(json.dumps(dict(defaults), sort_keys=True, default=str).encode())
         self._defaults = dict(defaults)
         self._valid: set[tuple[str, Any]] = set()
@@ -173,7 +195,11 @@ class _Reader:
     def _jobs(self, rows: Iterable[tuple[Where, dict[str, Any]]], defaults: dict[str, Any], name: str) -> list[JobSpec]:
         """Check rows and stream them into the store, by the jobs they belong to."""
         base = {k: v for k, v in defaults.items() if k != "embeddings"}
-        _check_whole(defaults)
+        try:
+            _check_whole(defaults)
+        except InvalidField as error:
+            self._wrong((1, 1), error.field, error.reason)
+            return []
         groups: dict[str, _Group] = {}
         total = 0
         for where, row in rows:
@@ -191,7 +217,8 @@ class _Reader:
                 if len(groups) == MAX_GROUPS:
                     self._wrong(where, "file", f"its rows make more than {MAX_GROUPS} different jobs")
                     raise _Enough
-                group = groups[key] = _Group(shared, self._tables.writer(name))
+                group = groups[key] = _Group(shared, self._tables.writer(name), where[0])
+            group.is_straight &= where[0] == group.line + group.writer.total and values.get("count", 1) == 1
             for number in range(values.get("count", 1)):
                 own = {k: v for k, v in values.items() if k in IN_ROWS}
                 seed = int(own.get("seed", base.get("seed", -1)))
@@ -200,6 +227,7 @@ class _Reader:
                 group.writer.add(own)
                 total += 1
         self.raise_errors()
+        self.lines = [(group.line, group.is_straight) for group in groups.values()]
         return [self._job_of(group, base, name) for group in groups.values()]
 
     def _job_of(self, group: _Group, base: dict[str, Any], name: str) -> JobSpec:
@@ -214,6 +242,9 @@ class _Reader:
         Raises:
             InvalidField: the field and why.
         """
+        forged = next((name for name in ("rows", "wildcards", "variants") if name in row), None)
+        if forged is not None:
+            raise InvalidField(forged, "is made from a file, not given")
         unknown = next((name for name in row if name not in JobSpec.model_fields), None)
         if unknown is not None:
             near = nearest(str(unknown), JobSpec.model_fields, 1)
@@ -438,14 +469,22 @@ class _Reader:
             _require_file(file)
             if file.stat().st_size > MAX_SWEEP_BYTES:
                 self._wrong(marked.at("wildcards"), "wildcards", f"{file.name} is larger than {MAX_SWEEP_BYTES} bytes")
-            elif lines := _lines(file.read_text(encoding="utf-8-sig")):
+            elif lines := _lines(self._text_of(file, marked)):
                 named[file.relative_to(folder).with_suffix("").as_posix()] = lines
         return named
+
+    def _text_of(self, file: Path, marked: _Marked) -> str:
+        try:
+            return file.read_text(encoding="utf-8-sig")
+        except (OSError, UnicodeDecodeError) as error:
+            self._wrong(marked.at("wildcards"), "wildcards", f"{file.name} cannot be read as UTF-8 text ({error})")
+            return ""
 
     def _beside(self, section: str, given: Any, marked: _Marked) -> Path | None:
         """Return a path that a sweep file names, which must lie in its folder or below."""
         parent = self._path.parent.resolve()
-        found = (parent / given).resolve() if isinstance(given, str) and "\0" not in given else None
+        fits = isinstance(given, str) and "\0" not in given and len(given) < MAX_PATH
+        found: Path | None = (parent / str(given)).resolve() if fits else None
         if found is None or not found.is_relative_to(parent):
             reason = f"should name what lies in the file's own folder, got {short(given)}"
             self._wrong(marked.at(section), section, reason)
@@ -607,6 +646,8 @@ def _jsonl(file: IO[str]) -> Iterator[_Line]:
         if text and not text.startswith("#"):
             row = _json_line(number, text)
             row.indent = len(line) - len(line.lstrip())
+            if row.error is not None and row.error[0]:
+                row.error = row.error[0] + row.indent, row.error[1]
             yield row
 
 
@@ -640,21 +681,22 @@ def _csv(file: IO[str], path: Path) -> Iterator[_Line]:
             yield _Line(1, "", {}, (number, reason))
             return
     while True:
+        first = reader.line_num + 1
         try:
             cells = next(reader)
         except StopIteration:
             return
         except csv.Error as error:
-            yield _Line(reader.line_num, "", {}, (0, str(error)))
+            yield _Line(first, "", {}, (0, f"a quote that opens here is not closed, or stands in a cell ({error})"))
             continue
         if not any(cells):
             continue
         text = json.dumps(cells, ensure_ascii=False)
         if len(cells) > len(header):
-            yield _Line(reader.line_num, text, {}, (len(header) + 1, "has more cells than the header"))
+            yield _Line(first, text, {}, (len(header) + 1, "has more cells than the header"))
             continue
         values = {name: _cell(name, cell) for name, cell in zip(header, cells, strict=False) if cell.strip()}
-        yield _Line(reader.line_num, text, values, columns=columns)
+        yield _Line(first, text, values, columns=columns)
 
 
 def _cell(name: str, cell: str) -> Any:
@@ -733,7 +775,10 @@ class _Marked:
             return found
         if isinstance(node, yaml.SequenceNode):
             return [self._build(item, (*path, number), loader) for number, item in enumerate(node.value)]
-        value = loader.construct_object(node)
+        try:
+            value = loader.construct_object(node)
+        except (ValueError, OverflowError) as error:
+            raise InvalidRows((RowError(self._file, *where, "YAML", f"cannot be read: {error}"),)) from error
         return value if isinstance(value, str | int | float | bool) or value is None else str(node.value)
 
     def at(self, *path: Any) -> Where:

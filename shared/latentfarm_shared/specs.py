@@ -454,6 +454,9 @@ class JobSpec(BaseModel):
             field = ".".join(str(part) for part in first["loc"]) or "spec"
             message = first["msg"].removeprefix("Value error, ").replace("Input should be", "should be")
             given = f", got {short(first['input'])}" if first["loc"] else ""
+            named, colon, rest = message.partition(": ")
+            if field == "spec" and colon and named in cls.model_fields:
+                field, message = named, rest
             raise InvalidField(field, message + given, line) from error
         if len(spec.encode().encode()) > MAX_SPEC_BYTES:
             raise InvalidField(

@@ -269,6 +269,8 @@ class _Settlement:
                 self._check_point(self._data.row(number) | first)
             except InvalidField as error:
                 raise InvalidField(error.field, error.reason, number + 1) from error
+            except UsageError as error:
+                raise InvalidField("prompt", str(error), number + 1) from error
         for number in range(min(total, MAX_ROWS_AT_EVERY_POINT)):
             for point in islice(_points(self._spec), MAX_ROWS_AT_EVERY_POINT):
                 self._check_point(self._data.row(number) | point)

@@ -15,8 +15,9 @@ from itertools import combinations, islice
 
 MAX_DEPTH = 8
 MAX_NODES = 200_000
+MAX_TEXT = 200_000
 MAX_SETS = 100_000
-_WILDCARD = re.compile(r"__([^\s_](?:[^\n{}|,]{0,100}?[^\s_])?)__")
+_WILDCARD = re.compile(r"__([^\s_](?:[^\n{}|,]{0,100}?[^\s_])??)__")
 _WEIGHT = re.compile(r"\s*(\d+(?:\.\d+)?)::")
 _COUNT = re.compile(r"\s*(\d{1,3})?(-)?(\d{1,3})?\$\$")
 Wildcards = Callable[[str], Sequence[str]]
@@ -26,6 +27,10 @@ class Node:
     """Part of a template: how many texts it stands for, which is which, and one at random."""
 
     count: int = 1
+    longest: int = 0
+    """How many characters its longest text may have."""
+    choices: int = 1
+    """How many texts, by `nth`, show every choice at least once."""
 
     def at(self, _number: int) -> str:
         """Return one of the texts by its number."""
@@ -34,10 +39,6 @@ class Node:
     def draw(self, _source: random.Random) -> str:
         """Return one of the texts at random."""
         raise NotImplementedError
-
-    def spread(self) -> int:
-        """Return how many texts, by `nth`, show every choice at least once."""
-        return 1
 
     def nth(self, _number: int) -> str:
         """Return a text in which every choice takes its option of this number, counting round."""
@@ -49,6 +50,9 @@ class Text(Node):
     """Plain text."""
 
     text: str
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "longest", len(self.text))
 
     def at(self, _number: int) -> str:
         """Return the text."""
@@ -69,6 +73,8 @@ class Run(Node):
     def __init__(self, parts: Sequence[Node]) -> None:
         self.parts = tuple(parts)
         self.count = math.prod(part.count for part in parts)
+        self.longest = sum(part.longest for part in parts)
+        self.choices = max((part.choices for part in parts), default=1)
 
     def at(self, number: int) -> str:
         """Return the parts' texts joined."""
@@ -85,10 +91,6 @@ class Run(Node):
     def draw(self, source: random.Random) -> str:
         """Draw every part."""
         return "".join(part.draw(source) for part in self.parts)
-
-    def spread(self) -> int:
-        """Return the widest part's."""
-        return max((part.spread() for part in self.parts), default=1)
 
     def nth(self, number: int) -> str:
         """Return every part's."""
@@ -110,6 +112,8 @@ class Choice(Node):
         ]
         self._sizes = [math.prod(self.options[place].count for place in chosen) for chosen in self._sets]
         self.count = sum(self._sizes)
+        self.longest = self.most * (max(option.longest for option in options) + len(separator))
+        self.choices = len(options) * max(option.choices for option in options)
 
     def at(self, number: int) -> str:
         """Return the text of one set of options."""
@@ -127,10 +131,6 @@ class Choice(Node):
             left.remove(place)
             chosen.append(place)
         return self.separator.join(self.options[place].draw(source) for place in sorted(chosen))
-
-    def spread(self) -> int:
-        """Return enough that every option comes up, with every choice in it."""
-        return len(self.options) * max(option.spread() for option in self.options)
 
     def nth(self, number: int) -> str:
         """Return an option, or as many as there may be from it on."""
@@ -166,7 +166,10 @@ def parse(template: str, wildcards: Wildcards, depth: int = 0, budget: Budget | 
     """
     if depth > MAX_DEPTH:
         raise ValueError(f"wildcards stand in wildcards more than {MAX_DEPTH} deep")
-    return _Parser(template, wildcards, depth, budget or Budget()).sequence(stops="")
+    node = _Parser(template, wildcards, depth, budget or Budget()).sequence(stops="")
+    if node.longest > MAX_TEXT:
+        raise ValueError(f"it may come to more than {MAX_TEXT} characters")
+    return node
 
 
 class _Parser:
@@ -252,4 +255,4 @@ def texts(node: Node, most: int) -> Iterator[str]:
     if node.count <= most:
         yield from (node.at(number) for number in range(node.count))
     else:
-        yield from dict.fromkeys(islice((node.nth(number) for number in range(node.spread())), most))
+        yield from dict.fromkeys(islice((node.nth(number) for number in range(node.choices)), most))
