@@ -20,6 +20,7 @@ from typing import IO, Any
 
 import yaml
 from latentfarm_shared.errors import InvalidField, UnknownName, UnreadableFile, UsageError, cut, nearest
+from latentfarm_shared.explicit import bare, plain_name, requested, standing
 from latentfarm_shared.parameters import EmbeddingUse, Side, short
 from latentfarm_shared.prompts.contract import with_word
 from latentfarm_shared.specs import JOB_FIELDS, MAX_IMAGES, MAX_SEED, JobSpec, check_value
@@ -222,13 +223,31 @@ class _Reader:
             for number in range(values.get("count", 1)):
                 own = {k: v for k, v in values.items() if k in IN_ROWS}
                 seed = int(own.get("seed", base.get("seed", -1)))
-                own["seed"] = secrets.randbelow(MAX_SEED) if seed == -1 else seed + number
+                own |= self._seeds(own | base, seed, number)
                 group.first = group.first or own
                 group.writer.add(own)
                 total += 1
         self.raise_errors()
         self.lines = [(group.line, group.is_straight) for group in groups.values()]
         return [self._job_of(group, base, name) for group in groups.values()]
+
+    @staticmethod
+    def _seeds(values: dict[str, Any], seed: int, number: int) -> dict[str, int]:
+        """Return the seeds of one of a row's images: they count up, with a variation the variation's, as in A1111.
+
+        Raises:
+            InvalidField: they go beyond the last seed.
+        """
+        drawn = secrets.randbelow(MAX_SEED) if seed == -1 else seed
+        if not values.get("variation_strength"):
+            drawn = drawn if seed == -1 else seed + number
+            found = {"seed": drawn}
+        else:
+            varied = int(values.get("variation_seed", -1))
+            found = {"seed": drawn, "variation_seed": secrets.randbelow(MAX_SEED) if varied == -1 else varied + number}
+        if max(found.values()) > MAX_SEED:
+            raise InvalidField("seed", f"seed + count must stay below {MAX_SEED + 1}")
+        return found
 
     def _job_of(self, group: _Group, base: dict[str, Any], name: str) -> JobSpec:
         values = {"name": name} | base | group.fields
@@ -256,9 +275,8 @@ class _Reader:
         count = values.get("count", 1)
         if not isinstance(count, int) or isinstance(count, bool) or not 1 <= count <= MAX_IMAGES:
             raise InvalidField("count", f"should be 1 to {MAX_IMAGES}, got {short(count)}")
-        for name in ("prompt", "negative_prompt", "seed", "steps", "cfg_scale", "sampler", "schedule"):
-            if name in values:
-                self._check(name, values[name])
+        for name in QUICK & values.keys():
+            self._check(name, values[name])
         if not values.keys() <= QUICK:
             _check_whole(base | values)
         own = values.pop("embeddings", [])
@@ -268,7 +286,9 @@ class _Reader:
             side = use.side or self._side_of(use.name)
             name = "negative_prompt" if side == "negative" else "prompt"
             text = str(values.get(name, base.get(name, "")))
-            values[name] = text if use.name.lower() in text.lower() else with_word(text, f"<{use.name}>")
+            is_there = plain_name(use.name).lower() in {plain_name(asked).lower() for asked in requested(text)}
+            is_there = is_there or standing(plain_name(use.name)).search(bare(text)) is not None
+            values[name] = text if is_there else with_word(text, f"<{use.name}>")
         return values
 
     def _check(self, name: str, value: Any) -> None:

@@ -128,6 +128,6 @@ def again(job: str, spec: JobSpec, data: Data, row: dict[str, object]) -> dict[s
     """Return the job of one image that failed, as a line to submit; it tells which job it comes from."""
     image = expand(spec, int(str(row["index"])), data)
     values = image.job.model_dump(mode="json", exclude_defaults=True, exclude={"key", "count", "expander"})
-    values |= {"seed": image.seed, "model": spec.model if len(spec.models) == 1 else image.job.model}
+    values |= {"seed": image.seed, "model": image.job.model}
     values |= {"variation_seed": image.variation_seed} if image.job.variation_strength else {}
     return values | {"metadata": spec.metadata | {"failed_in": job}}

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import math
 import random
+import threading
+from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
 from functools import cache, cached_property
 from itertools import pairwise
@@ -223,10 +225,11 @@ class JobSpec(BaseModel):
 
     @property
     def text_variants(self) -> int:
-        """How many different prompts the axes make, and the templates; rows are checked one by one."""
+        """How many different prompts the axes make, with rows and templates; rows alone are checked one by one."""
         made = math.prod(len(axis.items) for axis in self.axes if axis.is_text)
         zipped = len(self.zipped[0].items) if any(axis.is_text for axis in self.zipped) else 1
-        return made * zipped * (MAX_IMAGES if self.dynamic == "random" else self.variants)
+        rows = self.rows.total if self.rows and made * zipped > 1 else 1
+        return made * zipped * rows * (MAX_IMAGES if self.dynamic == "random" else self.variants)
 
     @property
     def models(self) -> tuple[str, ...]:
@@ -287,7 +290,7 @@ class JobSpec(BaseModel):
         found = {}
         for field, text in self.requested_at(values).prompts:
             try:
-                found[field] = parse(text, data.wildcard)
+                found[field] = _parsed(text, self.wildcards, data)
             except KeyError as error:
                 known = [wildcard.name for wildcard in self.wildcards]
                 raise InvalidField(field, str(UnknownName.among("wildcard", str(error.args[0]), known))) from error
@@ -474,6 +477,26 @@ class JobSpec(BaseModel):
         return cls.model_validate_json(text, context=SETTLED)
 
 
+_TEMPLATES: OrderedDict[tuple[str, tuple[Wildcard, ...]], Node] = OrderedDict()
+_TEMPLATES_KEPT = 64
+_templates_guard = threading.Lock()
+
+
+def _parsed(text: str, wildcards: tuple[Wildcard, ...], data: Data) -> Node:
+    """Return a parsed template, kept for the next images of its job."""
+    key = text, wildcards
+    with _templates_guard:
+        if key in _TEMPLATES:
+            _TEMPLATES.move_to_end(key)
+            return _TEMPLATES[key]
+    node = parse(text, data.wildcard)
+    with _templates_guard:
+        _TEMPLATES[key] = node
+        if len(_TEMPLATES) > _TEMPLATES_KEPT:
+            _TEMPLATES.popitem(last=False)
+    return node
+
+
 _PLAIN: dict[str, Any] = {
     "axes": (), "zipped": (), "include": (), "exclude": (), "rows": None, "dynamic": "off", "variants": 1,
     "wildcards": (), "order": "sequential", "approve_after": None,
@@ -510,17 +533,11 @@ class Layout:
         if len(spec.models) == 1:
             shape = [rows, *([len(c) for c in grid.columns] if _is_full(grid) else [grid.total]), *inner]
             return cls([(0, spec.total)], [order_of(spec.order, shape, spec.seed_of_order)])
-        parts, orders, start = [], [], 0
-        column, sums = grid.columns[0], grid.first_rows()
-        for name in spec.models:
-            last = max(row for row in range(len(column)) if str(column.at(row)["model"]) == name)
-            stop = sums[last] * spec.variants * spec.count
-            later = [len(c) for c in grid.columns[1:]] if _is_full(grid) else []
-            size = math.prod([*later, *inner])
-            orders.append(order_of(spec.order, [(stop - start) // size, *later, *inner], spec.seed_of_order))
-            parts.append((start, stop))
-            start = stop
-        return cls(parts, orders)
+        parts = part_bounds(spec)
+        later = [len(c) for c in grid.columns[1:]] if _is_full(grid) else []
+        size = math.prod([*later, *inner])
+        shapes = [[(stop - start) // size, *later, *inner] for start, stop in parts]
+        return cls(parts, [order_of(spec.order, shape, spec.seed_of_order) for shape in shapes])
 
     def index_at(self, position: int) -> int:
         """Return which image is handed out at a position."""
@@ -541,6 +558,18 @@ class Layout:
             return self.parts[0], self._orders[0]
         number = self.part_of(place)
         return self.parts[number], self._orders[number]
+
+
+def part_bounds(spec: JobSpec) -> list[tuple[int, int]]:
+    """Return where the images of each of a job's models begin and end."""
+    column, sums = spec.grid.columns[0], spec.grid.first_rows()
+    bounds, start = [], 0
+    for name in spec.models:
+        last = max(row for row in range(len(column)) if str(column.at(row)["model"]) == name)
+        stop = sums[last] * spec.variants * spec.count
+        bounds.append((start, stop))
+        start = stop
+    return bounds
 
 
 def _is_full(grid: Grid) -> bool:
@@ -617,6 +646,8 @@ def _check_points(spec: JobSpec, fields: list[str]) -> None:
 
 
 def _check_models(spec: JobSpec) -> None:
+    if spec.rows is not None and spec.embeddings:
+        raise ValueError("embeddings go into the rows' own prompts; give them to the file, or write <NAME> there")
     if len(spec.models) > 1 and (spec.include or spec.rows):
         raise ValueError(
             "an axis of models goes with neither include nor rows; list the models in zip, or make two jobs"
@@ -625,10 +656,17 @@ def _check_models(spec: JobSpec) -> None:
         models = next(axis.items for axis in spec.zipped if axis.field == "model")
         if any(a != b and a in models[i + 2 :] for i, (a, b) in enumerate(pairwise(models))):
             raise ValueError("zipped models should stand together: all of one, then all of the next")
+    if len(spec.models) > 1 and any(stop <= start for start, stop in part_bounds(spec)):
+        raise ValueError("an exclude leaves nothing of one of the models; take that model out instead")
 
 
 def _check_dynamic(spec: JobSpec) -> None:
     swept = spec.rows or any(axis.field.endswith("prompt") for axis in spec.swept)
+    templates = [v for a in spec.swept if a.kind == "replace" for v in a.items if "{" in str(v) or "__" in str(v)]
+    if spec.dynamic == "all" and templates:
+        raise ValueError(
+            f"dynamic 'all' takes no templates in replace axes, such as {short(templates[0])}; use 'random'"
+        )
     if spec.dynamic == "all" and (swept or any("prompt" in field for p in spec.include for field in p)):
         raise ValueError(
             "dynamic 'all' needs prompts that neither axes nor rows change; use 'random', or a replace axis"
@@ -704,9 +742,15 @@ def drawn_seeds(spec: JobSpec, draw: Callable[[int], int]) -> dict[str, Any]:
     def settled(seed: Value) -> Value:
         return draw(MAX_SEED - spec.count) if seed == -1 else seed
 
-    swept = {axis.field: axis.items for axis in spec.swept}
-    varies = spec.variation_strength or any(swept.get("variation_strength", ()))
     fields: dict[str, Any] = {"seed": settled(spec.seed)}
+    swept = {axis.field: axis.items for axis in spec.swept}
+    varies = spec.variation_strength or any(swept.get("variation_strength", ())) or spec.rows is not None
+    varies = varies or any("variation_strength" in point for point in spec.include)
+    if any(point.get(field) == -1 for point in spec.include for field in ("seed", "variation_seed")):
+        fields["include"] = [
+            {name: settled(value) if name.endswith("seed") else value for name, value in point.items()}
+            for point in spec.include
+        ]
     if varies:
         fields["variation_seed"] = settled(spec.variation_seed)
     for name, axes in (("axes", spec.axes), ("zipped", spec.zipped)):

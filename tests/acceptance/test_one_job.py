@@ -133,10 +133,12 @@ def test_submit_reads_a_file_of_jobs(farm: Up, tmp_path: Path) -> None:
     file = tmp_path / "jobs.jsonl"
     file.write_text("\n".join(json.dumps(row) for row in rows))
 
-    ids = farm.run("submit", str(file), "--watch").stdout.split()
+    (job,) = farm.run("submit", str(file), "--watch").stdout.split()
 
-    assert len(ids) == 3
-    assert {farm.json("jobs", "show", job)["state"] for job in ids} == {"succeeded"}
+    assert farm.json("jobs", "show", job)["counts"]["succeeded"] == 3
+    images = farm.json("jobs", "images", job)
+    assert [image["seed"] for image in images] == [0, 1, 2]
+    assert {use["name"] for image in images for use in image["embeddings"]} == {"corneo_dva"}
 
 
 @pytest.mark.parametrize(

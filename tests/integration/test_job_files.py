@@ -41,6 +41,8 @@ expires_in: 2d
 
 @pytest.fixture
 def farm(servers: Farm) -> Iterator[Farm]:
+    servers.registry.reindex()
+    servers.library.reindex()
     held = {job.id for job in servers.jobs(1000)}
     yield servers
     for job in servers.jobs(1000):

@@ -2,12 +2,15 @@ import time
 from typing import Any
 
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from latentfarm_shared.errors import EmbeddingRefused, InvalidField, UnknownName
 from latentfarm_shared.parameters import EmbeddingUse, HiresFix
-from latentfarm_shared.prompts.contract import Settled, edit_distance, settle
+from latentfarm_shared.prompts.contract import Contract, Settled, edit_distance, settle
 from latentfarm_shared.prompts.tokens import ClipTokenizer
 from latentfarm_shared.records import EmbeddingRecord, Lock
 from latentfarm_shared.specs import JobSpec
+from latentfarm_shared.sweeps.axes import Point
 from latentfarm_worker.prompts import PromptLayout
 
 from tests.conftest import checkpoint, embedding
@@ -205,3 +208,87 @@ def test_blank_space_is_read_in_no_time(demo_tokenizer: ClipTokenizer, prompt: s
         assert "BREAK" in prompt
 
     assert time.monotonic() - began < 5
+
+
+READ_QUICKLY = ("corneo_dva", "easynegative", "!!!", "bad-hands-5", "foo bar", "art")
+LOOSE_TEXT = st.lists(
+    st.sampled_from(
+        [*READ_QUICKLY, "photo-easynegative", "no_easynegative", "2023easynegative", "a cat", "party", "it's", "wow", "foo",
+         "bar", "EasyNegative", "bad-hand-5", "'xad-hands-5'", "x", ",", " ", "-", "_", "!", "!!!!", ".", "1girl", "ART"]
+    ), max_size=8)  # fmt: skip
+
+
+@given(LOOSE_TEXT, st.sampled_from(["", " ", ", "]))
+@settings(max_examples=400, deadline=None, suppress_health_check=list(HealthCheck))
+def test_prompt_that_is_read_quickly_says_nothing_to_the_contract(
+    demo_tokenizer: ClipTokenizer, parts: list[str], between: str
+) -> None:
+    contract = Contract(checkpoint(), {name: embedding(name) for name in READ_QUICKLY}, demo_tokenizer)
+    prompt = between.join(parts)
+    if contract.says_nothing(prompt):
+        assert contract.mentions(prompt, "prompt", JobSpec(prompt=prompt)) == []
+        contract.settle(JobSpec(prompt=prompt))
+
+
+def test_plain_prompts_are_read_quickly(demo_tokenizer: ClipTokenizer) -> None:
+    contract = Contract(checkpoint(), {"corneo_dva": embedding("corneo_dva")}, demo_tokenizer)
+
+    assert contract.says_nothing("a girl, masterpiece, high quality, picture 17 of many, it's late")
+
+
+class Table:
+    """Rows in memory."""
+
+    def __init__(self, *rows: Point) -> None:
+        self.rows = rows
+
+    def row(self, number: int) -> Point:
+        return self.rows[number]
+
+    def wildcard(self, name: str) -> list[str]:
+        raise KeyError(name)
+
+
+def of_rows(*rows: Point, **values: object) -> tuple[JobSpec, Table]:
+    table = {"total": len(rows), "chunk": 10, "index": "0" * 64}
+    return JobSpec.check({"prompt": "a", "seed": 1, "rows": table} | values), Table(*rows)
+
+
+def used_by(tokenizer: ClipTokenizer, spec: JobSpec, table: Table) -> set[str]:
+    contract = Contract(checkpoint(), {name: embedding(name) for name in READ_QUICKLY}, tokenizer)
+    return {record.name for record in contract.settle(spec, table).embeddings}
+
+
+def test_row_that_names_an_embedding_is_never_passed_over(demo_tokenizer: ClipTokenizer) -> None:
+    for text in ("photo-easynegative", "no_easynegative", "2023easynegative", "wow !!!"):
+        spec, table = of_rows({"prompt": "a cat"}, {"prompt": text})
+        assert len(used_by(demo_tokenizer, spec, table)) == 1, text
+
+
+def test_steps_of_a_row_reach_what_changes_in_the_prompt(demo_tokenizer: ClipTokenizer) -> None:
+    spec, table = of_rows({"steps": 10}, {"steps": 30}, steps=10, negative_prompt="[:easynegative:15]")
+
+    assert used_by(demo_tokenizer, spec, table) == {"easynegative"}
+
+
+def test_rows_are_read_with_every_value_of_the_axes(demo_tokenizer: ClipTokenizer) -> None:
+    colours = [*(f"c{n}" for n in range(25)), "easynegative"]
+    spec, table = of_rows(
+        *(Point(prompt=f"COLOUR {n}") for n in range(30)), axes=[{"field": "replace:COLOUR", "values": colours}]
+    )
+
+    assert used_by(demo_tokenizer, spec, table) == {"easynegative"}
+    assert spec.text_variants == 30 * 26
+
+
+def test_embeddings_of_a_job_with_rows_are_refused() -> None:
+    with pytest.raises(InvalidField, match="rows' own prompts"):
+        of_rows({"prompt": "a"}, embeddings=[{"name": "art"}])
+
+
+def test_clip_skip_of_a_row_is_checked(demo_tokenizer: ClipTokenizer) -> None:
+    spec, table = of_rows({"clip_skip": 1}, {"clip_skip": 12})
+    contract = Contract(checkpoint().model_copy(update={"layers": 4}), {}, demo_tokenizer)
+
+    with pytest.raises(InvalidField, match="takes 1 to 4"):
+        contract.settle(spec, table)

@@ -77,6 +77,7 @@ class Supervisor:
         self._ledger = Ledger.connect(settings)
         self._stop_at: float | None = None
         self._lives, self._fruitless, self._images = 0, 0, 0
+        self._told: set[str] = set()
 
     def check(self) -> None:
         """Make sure Redis and S3 answer.
@@ -145,8 +146,11 @@ class Supervisor:
             command = [sys.executable, "-m", self._process, "--name", self.name, "--vitals", str(path)]
             command += ["--models", ",".join(self._models)] + (["--data", str(self._data)] if self._data else [])
             process = subprocess.Popen(
-                command, stdin=subprocess.PIPE, start_new_session=True, text=True, env=self._environ
+                command, stdin=subprocess.PIPE, start_new_session=True, bufsize=0, env=self._environ
             )
+            self._told.clear()
+            if process.stdin is not None:
+                os.set_blocking(process.stdin.fileno(), False)  # one that does not listen must not hold us up
             try:
                 return self._watch(process, vitals)
             finally:
@@ -155,7 +159,7 @@ class Supervisor:
                 process.wait()
                 self._images = vitals.read().images
 
-    def _watch(self, process: subprocess.Popen[str], vitals: Vitals) -> int:
+    def _watch(self, process: subprocess.Popen[bytes], vitals: Vitals) -> int:
         watch, rates, drained_for, is_held = StallWatch(self._settings.stall_s), RateWatch(), None, False
         while process.poll() is None:
             if self._stop_at is not None and drained_for != self._stop_at:
@@ -173,7 +177,7 @@ class Supervisor:
             self._pause(process)
         return process.wait()
 
-    def _pause(self, process: subprocess.Popen[str]) -> None:
+    def _pause(self, process: subprocess.Popen[bytes]) -> None:
         """Wait one beat, or less when the process ends or a stop is asked for."""
         before = self._stop_at
         until = time.monotonic() + BEAT_S
@@ -187,7 +191,7 @@ class Supervisor:
         while time.monotonic() < until and self._stop_at is None:
             time.sleep(0.05)
 
-    def _beat(self, process: subprocess.Popen[str], signs: Signs, rate: float, *, is_held: bool) -> bool:
+    def _beat(self, process: subprocess.Popen[bytes], signs: Signs, rate: float, *, is_held: bool) -> bool:
         """Beat once and pass on what it brings; tell whether the worker is held now."""
         fields: dict[str, str | int | float] = {
             "pid": process.pid,
@@ -216,19 +220,21 @@ class Supervisor:
         except FarmError as error:
             log.warning("no beat", worker=self.name, error=str(error))
             return is_held
-        for member in orders.closed:
+        for member in set(orders.closed) - self._told:
             self._order(process, f"cancel {member}")
+        self._told = set(orders.closed)
         if orders.drained != is_held and self._stop_at is None:
             self._order(process, "hold" if orders.drained else "go")
         return orders.drained
 
     @staticmethod
-    def _order(process: subprocess.Popen[str], line: str) -> None:
+    def _order(process: subprocess.Popen[bytes], line: str) -> None:
         if process.stdin is None:
             return
         try:
-            process.stdin.write(line + "\n")
-            process.stdin.flush()
+            process.stdin.write(f"{line}\n".encode())
+        except BlockingIOError:
+            log.warning("worker process does not listen", order=line)
         except BrokenPipeError:
             log.debug("worker process is gone", order=line)
 
@@ -265,7 +271,15 @@ def supervise(supervisors: Sequence[Supervisor]) -> int:
     if len(supervisors) == 1:
         return supervisors[0].run()
     codes: list[int] = []
-    threads = [threading.Thread(target=lambda s=s: codes.append(s.run())) for s in supervisors]
+
+    def run(supervisor: Supervisor) -> None:
+        try:
+            codes.append(supervisor.run())
+        except Exception:  # noqa: BLE001 - the others go on; the exit code tells
+            log.exception("supervisor ended", worker=supervisor.station)
+            codes.append(1)
+
+    threads = [threading.Thread(target=run, args=(supervisor,)) for supervisor in supervisors]
     for thread in threads:
         thread.start()
     while any(thread.is_alive() for thread in threads):

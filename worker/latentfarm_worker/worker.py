@@ -149,8 +149,10 @@ class Worker:
             return False
         with self._guard:  # known from now on, though nothing is in flight yet
             self._claims[claim.member] = (claim, Future())
-        with suppress(Unavailable):  # the sweeper rings within a second
+        try:
             ring_again()
+        except Exception as error:  # noqa: BLE001 - the sweeper rings within a second; the claim is ours to finish
+            log.warning("could not ring", error=repr(error), worker=self.name)
         try:
             image = patiently(lambda: expand(claim.spec, claim.index, self._tables.of(claim.spec)))
             if self._has_it(claim, content_id(image, claim.lock)):
@@ -244,7 +246,7 @@ class Worker:
             self._settle(claim, "image published", lambda: self._ledger.succeed(claim, self.name, cost))
             self._vitals.note_image(cost)
             self._backend.praise(claim)
-        except Unavailable as error:
+        except (RenderCanceled, Unavailable) as error:
             self._settle(claim, "image handed back", lambda: self._ledger.release(claim, self.name), str(error))
         except Exception as error:  # noqa: BLE001 - one image's failure must not stop the others
             self._fail(claim, error)

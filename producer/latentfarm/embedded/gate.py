@@ -17,11 +17,14 @@ Handler = Callable[[asyncio.StreamReader, asyncio.StreamWriter], Awaitable[None]
 
 async def _pass_on(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
     """Copy one direction until it ends."""
-    with suppress(ConnectionError, asyncio.CancelledError):
+    try:
         while data := await reader.read(CHUNK):
             writer.write(data)
             await writer.drain()
-    writer.close()
+        if writer.can_write_eof():
+            writer.write_eof()
+    except (OSError, asyncio.CancelledError):
+        writer.close()
 
 
 async def serve(address: str, ports: list[tuple[int, int]]) -> None:
@@ -35,6 +38,8 @@ async def serve(address: str, ports: list[tuple[int, int]]) -> None:
                 writer.close()
                 return
             await asyncio.gather(_pass_on(reader, inner_writer), _pass_on(inner_reader, writer))
+            for end in (writer, inner_writer):
+                end.close()
 
         return connect
 

@@ -385,7 +385,9 @@ class Ledger:
             pass
         while self._call("due", SWEEP_STEP) == SWEEP_STEP:
             pass
-        self._call("stir", 2)
+        for _ in range(20):
+            if not self._call("stir", 20):
+                break
         with translated():
             scans, queues = self.redis.smembers("lf:scans"), self.redis.smembers("lf:queues")
         for job in scans:
@@ -694,6 +696,8 @@ def translated() -> Iterator[None]:
     except redis.ResponseError as error:
         if str(error).startswith("OOM"):
             raise Unavailable("Redis", "out of memory", "delete old jobs or give it more") from error
+        if str(error).startswith(("MISCONF", "READONLY", "LOADING", "BUSY ", "MASTERDOWN")):
+            raise Unavailable("Redis", str(error).partition(" ")[2][:200], "it may come back by itself") from error
         if "NOAUTH" not in str(error) and "WRONGPASS" not in str(error):
             raise
         raise Unavailable("Redis", "access denied", "check LATENTFARM_REDIS_URL or LATENTFARM_DATA") from error

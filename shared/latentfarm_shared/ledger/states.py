@@ -88,7 +88,10 @@ class JobEvent(BaseModel):
 
 
 class Limits(BaseModel):
-    """What an owner may have: a `weight` in the fair share, images `running` at once and `queued`; None for no bound."""
+    """What an owner may have: a `weight` in the fair share, images `running` at once and `queued`.
+
+    None is what everybody else may, and for everybody no bound.
+    """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 

@@ -10,7 +10,7 @@ import math
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import islice, product, zip_longest
+from itertools import product
 
 from latentfarm_shared.errors import EmbeddingRefused, InvalidField, UnknownName, UsageError, nearest
 from latentfarm_shared.explicit import bare, folded, plain_name, requested, standing
@@ -30,7 +30,6 @@ _EXTRA_NETWORK = re.compile(r"<(\w+):[^<>]*>")
 _WORDS = re.compile(r"[^\s,.;!?()\[\]|:\"']+")
 MAX_PARTS, MAX_CHARACTERS, MAX_CHUNKS = 32, 200_000, 1024
 MAX_CHECKED = 10_000
-MAX_ROWS_AT_EVERY_POINT = 20
 PLAIN_LENGTH = 1000
 PLAIN_FIELDS = frozenset(
     {
@@ -46,9 +45,9 @@ PLAIN_FIELDS = frozenset(
         "height",
     }
 )
-_MARKS = re.compile(r"[<>\[\]{}\\#]|embedding:|\bAND\b")
+_MARKS = re.compile(r"[<>()\[\]{}\\#]|embedding:|\bAND\b|\bBREAK\b")
 _CODE_LIKE = re.compile(r"[\d_-]")
-_SIMPLE_WORDS = re.compile(r"[a-z0-9_'-]+")
+_PIECES = re.compile(r"'(?:s|t|re|ve|m|ll|d)|[a-z]+|[0-9]|[^\sa-z0-9]+")
 MAX_WORDS = 1_000_000
 
 
@@ -97,8 +96,8 @@ class Contract:
         self._others, self._lookup = others, lookup
         self.matcher = NameMatcher(tokenizer, [r for r in known.values() if self._is_name(r)])
         self._names = [name for name, record in self.known.items() if record.state == "active"]
-        self._starts = {words[0] for name in self.known if (words := _SIMPLE_WORDS.findall(name.lower()))}
         self._harmless: set[str] = set()
+        self._pieces: dict[str, list[int]] = {}
 
     def _is_name(self, record: EmbeddingRecord) -> bool:
         """Tell whether a bare word means the embedding.
@@ -169,26 +168,42 @@ class Contract:
         )
 
     def says_nothing(self, prompt: str) -> bool:
-        """Tell whether a short prompt holds no word that any name starts with, nothing that looks like a name and no syntax.
+        """Tell whether in a short prompt no name stands, no word looks like one, and there is no syntax.
 
-        False says that it has to be read properly.
+        False says that it has to be read properly. Pieces are CLIP's own: what one comes to does not depend on the others.
         """
         if len(prompt) > PLAIN_LENGTH or not prompt.isascii() or _MARKS.search(prompt):
             return False
-        words = set(_SIMPLE_WORDS.findall(prompt.lower()))
-        unknown = words - self._harmless
-        for word in unknown:
-            if any(start.startswith(word) or word.startswith(start) for start in self._starts):
-                return False
-            if _CODE_LIKE.search(word) and any(True for _ in _within_two_edits(word, self._names)):
-                return False
+        unknown = set(_WORDS.findall(prompt)) - self._harmless
+        if any(_CODE_LIKE.search(word) and _within_two_edits(word.lower(), self._names) for word in unknown):
+            return False
         if len(self._harmless) < MAX_WORDS:
             self._harmless |= unknown
-        return True
+        return not self.matcher.stands_in(
+            [token for piece in _PIECES.findall(prompt.lower()) for token in self._ids(piece)]
+        )
+
+    def _ids(self, piece: str) -> list[int]:
+        """Return the tokens of one piece, kept for the next text."""
+        found = self._pieces.get(piece)
+        if found is None:
+            found = self.tokenizer.encode(piece)
+            if len(self._pieces) < MAX_WORDS:
+                self._pieces[piece] = found
+        return found
 
     def _refuse_clip_skip(self, spec: JobSpec) -> None:
         swept = [int(value) for axis in spec.swept if axis.field == "clip_skip" for value in axis.items]
-        if max((spec.clip_skip, *swept)) > self.checkpoint.layers:
+        swept += [int(point["clip_skip"]) for point in spec.include if "clip_skip" in point]
+        self.refuse_clip_skip(max((spec.clip_skip, *swept)))
+
+    def refuse_clip_skip(self, value: int) -> None:
+        """Refuse to skip more layers than the encoder has.
+
+        Raises:
+            InvalidField: it is more.
+        """
+        if value > self.checkpoint.layers:
             raise InvalidField("clip_skip", f"model {self.checkpoint.name!r} takes 1 to {self.checkpoint.layers}")
 
     def applied_in(self, job: JobSpec) -> dict[str, list[str]]:
@@ -253,6 +268,7 @@ class _Settlement:
         self.unwanted: set[str] = set(spec.without)
         self._versions: dict[str, EmbeddingRecord] = {}
         self._seen: set[tuple[object, ...]] = set()
+        self._changes = any("[" in text for _, text in _all_texts(spec))
 
     def check_all(self) -> None:
         """Check what every point of the axes and every row asks for."""
@@ -262,27 +278,28 @@ class _Settlement:
             self._check_rows(self._spec.rows.total)
 
     def _check_rows(self, total: int) -> None:
-        """Check every row at the first point of the axes, and a few rows at every point."""
-        first = next(iter(_points(self._spec)))
+        """Check every row at every point, or, where that is too much, at the first: the rest is checked when claimed."""
+        points = (
+            list(_points(self._spec)) if self._spec.text_variants <= MAX_CHECKED else [next(iter(_points(self._spec)))]
+        )
         for number in range(total):
             try:
-                self._check_point(self._data.row(number) | first)
+                for point in points:
+                    self._check_point(self._data.row(number) | point)
             except InvalidField as error:
                 raise InvalidField(error.field, error.reason, number + 1) from error
             except UsageError as error:
                 raise InvalidField("prompt", str(error), number + 1) from error
-        for number in range(min(total, MAX_ROWS_AT_EVERY_POINT)):
-            for point in islice(_points(self._spec), MAX_ROWS_AT_EVERY_POINT):
-                self._check_point(self._data.row(number) | point)
 
     def _check_point(self, point: Point) -> None:
         """Check the prompts of one point, in every text its templates may come to."""
         if self._is_plain(point):
             return
+        self._contract.refuse_clip_skip(int(point.get("clip_skip", 1)))
         nodes = self._spec.templates(point, self._data)
         made = [[(field, text) for text in texts(node, MAX_CHECKED)] for field, node in nodes.items()]
-        for pairs in zip_longest(*made) if made else [()]:
-            chosen = {pair[0]: pair[1] for pair in pairs if pair is not None}
+        for number in range(max(map(len, made), default=1)):
+            chosen = dict(pairs[min(number, len(pairs) - 1)] for pairs in made)
             requests = self._spec.requested_at(point, chosen)
             asked = {field: self._requests(field, text) for field, text in requests.prompts}
             job = self._spec.at(point, chosen)
@@ -295,6 +312,8 @@ class _Settlement:
     def _is_plain(self, point: Point) -> bool:
         """Tell whether a point changes nothing but words of which none can mean an embedding; seen at a glance."""
         swept = point.keys() & {"prompt", "negative_prompt"}
+        if self._changes and point.keys() & {"steps", "sampler"}:
+            return False
         if self._spec.rows is None or self._spec.dynamic != "off" or not point.keys() <= PLAIN_FIELDS or not self._seen:
             return False
         return all(self._contract.says_nothing(str(point[field])) for field in swept)

@@ -37,6 +37,10 @@ class NameMatcher:
         for candidates in self._by_first.values():
             candidates.sort(key=lambda item: -len(item[0]))
 
+    def stands_in(self, ids: list[int]) -> bool:
+        """Tell whether a name stands anywhere in a text's tokens."""
+        return any(first in self._by_first and self._longest(ids, at) is not None for at, first in enumerate(ids))
+
     def split(self, text: str) -> list[Word | Mention]:
         """Tokenize a segment's text and put a mention in place of every name in it."""
         ids = self._tokenizer.encode(text)

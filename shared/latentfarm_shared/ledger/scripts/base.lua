@@ -25,7 +25,7 @@
 -- lf:suspects:<queue>        zset    jobs with suspects
 -- lf:where:<lane>/<owner>    set     queues an owner stands in
 -- lf:vt:<lane>               zset    owners' virtual time: pixel-steps handed out over weight;  lf:floor:<lane>  that of the last served
--- lf:served:<queue>          string  when a queue was last served, or began to wait;  lf:served:<lane>  the same of a lane
+-- lf:served:<queue>          string  when a queue was last served, or began to wait
 -- lf:limit:<owner>           hash    weight, running, queued: what an owner may have; lf:limit is everybody else's
 -- lf:owner:<owner>           hash    queued, running: what an owner has
 -- lf:load                    hash    <lane>: pixel-steps that wait
@@ -49,7 +49,7 @@ local SEGMENT = 1000
 local STARVED_MS = 20000
 local LOOK_AHEAD = 8   -- images that an owner with a warm checkpoint may be served before one whose checkpoint is not
 local OWNERS_SEEN = 512
-local WOKEN = 100
+local WOKEN = 10
 local LONE_MS = 5000
 
 local at_once  -- a script's clock stands still
@@ -141,11 +141,13 @@ end
 -- An owner who comes back starts where the others are: waiting earns nothing.
 local function join(queue, owner)
   local lane = lane_of(queue)
-  local own = number(redis.call('ZSCORE', 'lf:vt:' .. lane, owner))
-  local vt = own
-  if redis.call('EXISTS', 'lf:where:' .. lane .. '/' .. owner) == 0 then
-    vt = math.max(own, number(redis.call('GET', 'lf:floor:' .. lane)))
+  local vt = number(redis.call('ZSCORE', 'lf:vt:' .. lane, owner))
+  if redis.call('EXISTS', ready_key(queue, owner)) == 0 then
+    vt = math.max(vt, number(redis.call('GET', 'lf:floor:' .. lane)))
     redis.call('ZADD', 'lf:vt:' .. lane, vt, owner)
+    for _, other in ipairs(redis.call('SMEMBERS', 'lf:where:' .. lane .. '/' .. owner)) do
+      redis.call('ZADD', 'lf:owners:' .. other, 'XX', vt, owner)
+    end
   end
   if redis.call('EXISTS', 'lf:owners:' .. queue) == 0 then redis.call('SET', 'lf:served:' .. queue, now()) end
   redis.call('ZADD', 'lf:owners:' .. queue, vt, owner)
@@ -206,6 +208,7 @@ local function conclude(job, f)
   unpin(job)
   redis.call('ZREM', 'lf:deadlines', job)
   redis.call('HSET', key_of(job), 'finished', now())
+  redis.call('ZADD', 'lf:dirty', 'NX', now(), job)  -- its manifest is to be put together
   if f[12] then redis.call('ZADD', 'lf:retention', now() + f[12], job) end
 end
 

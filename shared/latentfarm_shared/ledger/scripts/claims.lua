@@ -33,7 +33,6 @@ local function grant(job, position, worker, queue, lease, doubtful)
   local floor = number(redis.call('ZSCORE', 'lf:vt:' .. lane, f[1]))
   redis.call('SET', 'lf:floor:' .. lane, math.max(floor, number(redis.call('GET', 'lf:floor:' .. lane))))
   redis.call('SET', 'lf:served:' .. queue, now())
-  redis.call('SET', 'lf:served:' .. lane, now())
   charge(f[1], lane, cost)
   if not f[4] then
     redis.call('HSET', key_of(job), 'started', now())
@@ -58,7 +57,9 @@ local function next_image(job, queue, owner)
   end
   if number(f[1]) < number(f[2]) then
     count(job, 'handed', 1)
-    return redis.call('HINCRBY', key_of(job), 'c:' .. part, 1) - 1, false
+    local position = redis.call('HINCRBY', key_of(job), 'c:' .. part, 1) - 1
+    if position + 1 >= number(f[2]) then withdraw_from(queue, owner, job) end
+    return position, false
   end
   withdraw_from(queue, owner, job)
   return nil
@@ -124,17 +125,14 @@ local function choose(queues)
   return best
 end
 
--- The batch lane goes first when it has waited for too long.
+-- The batch lane goes first when one of this worker's queues there has waited for too long.
 local function by_urgency(lanes)
-  if #lanes == 2 then
-    local served = redis.call('GET', 'lf:served:' .. lanes[2].name)
-    local waits_there = false
-    for _, q in ipairs(lanes[2].queues) do
-      waits_there = waits_there or redis.call('EXISTS', 'lf:owners:' .. q.name) == 1
+  if #lanes < 2 then return lanes end
+  for _, q in ipairs(lanes[2].queues) do
+    if redis.call('EXISTS', 'lf:owners:' .. q.name) == 1
+      and now() - number(redis.call('GET', 'lf:served:' .. q.name)) > STARVED_MS then
+      return { lanes[2], lanes[1] }
     end
-    local is_starved = waits_there and served and now() - served > STARVED_MS
-    if is_starved or not waits_there or not served then redis.call('SET', 'lf:served:' .. lanes[2].name, now()) end
-    if is_starved then return { lanes[2], lanes[1] } end
   end
   return lanes
 end

@@ -127,9 +127,9 @@ end
 -- goes on with it. 0 if there is no such job, 2 if it was closed and has images that only missing would bring back.
 local function retry(_, a)
   local job, missing = a[1], a[2] == '1'
-  local f = get(job, 'closed', 'scan', 'scan_bytes', 'spec', 'canceled', 'expired', 'scan_zero')
+  local f = get(job, 'closed', 'scan', 'scan_bytes', 'spec', 'canceled', 'expired', 'scan_zero', 'running')
   if not f[4] then return 0 end
-  if f[1] ~= '' and not missing and number(f[5]) + number(f[6]) > 0 then return 2 end
+  if f[1] ~= '' and not missing and number(f[5]) + number(f[6]) + number(f[8]) > 0 then return 2 end
   local over = f[1] ~= '' or is_final(job)
   local top, untouched = 0, 0
   for _, part in ipairs(parts_of(job)) do
@@ -142,7 +142,7 @@ local function retry(_, a)
   redis.call('HSET', key_of(job), 'scan', 0, 'scan_stop', top, 'scan_bytes', (missing or f[3] == 'fce') and 'fce' or 'f',
     'scan_zero', zero, 'closed', '', 'reason', '')
   if over then
-    redis.call('HDEL', key_of(job), 'expires_at', 'max_runtime', 'finished')
+    redis.call('HDEL', key_of(job), 'expires_at', 'max_runtime', 'finished', 'paused')
     redis.call('ZREM', 'lf:deadlines', job)
     pin(job)
   end
@@ -217,7 +217,9 @@ local function written(_, a)
   for i = 2, #a, 2 do
     if redis.call('ZSCORE', touched, a[i]) == a[i + 1] then redis.call('ZREM', touched, a[i]) end
   end
-  return redis.call('ZCARD', touched)
+  local left = redis.call('ZCARD', touched)
+  if left == 0 and not is_final(a[1]) then redis.call('ZREM', 'lf:dirty', a[1]) end
+  return left
 end
 
 -- clean(job): the manifest of a final job is whole; 0 if something changed meanwhile
