@@ -45,7 +45,10 @@ def bare_s(loaded: Any, images: int, batch: int) -> float:
 
 def job(**values: Any) -> JobSpec:
     """Return the same as a job."""
-    given = {"prompt": PROMPT, "negative_prompt": NEGATIVE, "steps": STEPS, "width": EDGE, "height": EDGE, "seed": 0}
+    given = {
+        "prompt": PROMPT, "negative_prompt": NEGATIVE, "steps": STEPS, "width": EDGE, "height": EDGE, "seed": 0,
+        "reuse": False,
+    }  # fmt: skip
     return JobSpec.check(given | values)
 
 

@@ -40,7 +40,7 @@ def causes(ledger: Ledger, job_id: str) -> list[Cause]:
     spec = ledger.spec(job_id)
     found: list[Cause] = []
     if not status.is_final:
-        found += _held(status, spec)
+        found += _held(status, ledger.deadline(job_id))
         workers = ledger.workers()
         for lock in ledger.locks(job_id):
             found += _unserved(spec, lock, workers, ledger)
@@ -51,15 +51,15 @@ def causes(ledger: Ledger, job_id: str) -> list[Cause]:
     return found
 
 
-def _held(status: JobStatus, spec: JobSpec) -> Iterator[Cause]:
+def _held(status: JobStatus, deadline: float | None) -> Iterator[Cause]:
     queued = status.counts["queued"]
     if status.state == "paused" and status.reason == "owner":
         yield Cause(code="paused", count=queued, message="the job is paused; 'jobs resume' goes on")
     if status.state == "paused" and status.reason == "approval":
         message = f"{queued} images wait for approval; look at the first and run 'jobs approve'"
         yield Cause(code="needs_approval", count=queued, message=message)
-    if spec.expires_in is not None:
-        left = status.created + spec.expires_in - time.time()
+    if deadline is not None:
+        left = deadline - time.time()
         if left < SOON_S:
             yield Cause(code="expires_soon", count=queued, message=f"the job expires in {max(0, left):.0f} s")
 

@@ -104,7 +104,7 @@ def test_adding_a_word_while_jobs_wait_changes_no_pixel(tmp_path: Path) -> None:
         prompt = "masterpiece, 1girl, blue hair"
         before = sdk.generate(prompt, seed=11, steps=8)
         before.wait(60)
-        waiting = [sdk.generate(prompt, seed=11, steps=8, lane="batch") for _ in range(12)]
+        waiting = [sdk.generate(prompt, seed=11, steps=8, lane="batch", reuse=False) for _ in range(12)]
         added = sdk.embeddings.add(write(tmp_path / "blue.safetensors", 5), allow_word=True)
         assert sum(not job.status().is_final for job in waiting) > 1
 

@@ -178,7 +178,7 @@ def test_file_with_one_bad_line_queues_nothing(farm: Up) -> None:
 
     done = farm.run("submit", "-", expect=2, stdin='{"prompt": "a"}\n{"prompt": "b", "steps": 0}\n')
 
-    assert "line 2: steps" in done.stderr
+    assert "line 2, column 17: steps" in done.stderr
     assert len(farm.json("jobs", "ls", "--limit", "500")) == before
 
 

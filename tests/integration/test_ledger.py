@@ -437,6 +437,75 @@ def test_retried_job_holds_on_to_its_names_again(ledger: Ledger) -> None:
     assert ledger.take_name("/n", force=False) == 1
 
 
+def test_plain_retry_of_a_canceled_job_in_flight_does_not_reopen_it(ledger: Ledger) -> None:
+    job = submit(ledger, 1)
+    held = claim(ledger)
+    ledger.cancel(job)
+    with pytest.raises(InvalidField, match="--missing"):
+        ledger.retry(job)
+    ledger.release(held, "w1")
+
+    assert ledger.status(job).state == "canceled"
+
+
+def test_retry_of_a_job_that_was_paused_and_canceled_goes_on(ledger: Ledger) -> None:
+    job = submit(ledger, 1)
+    ledger.pause(job)
+    ledger.cancel(job)
+    ledger.retry(job, missing=True)
+
+    assert finish_all(ledger) == 1
+
+
+def test_batch_has_its_turn_on_a_worker_whatever_others_do(ledger: Ledger) -> None:
+    submit(ledger, 5, lane="batch")
+    submit(ledger, 9)
+    ledger.redis.set(f"lf:served:{BATCH_QUEUE}", 1)
+    ledger.claim("idle", ["interactive:other", "batch:other"])
+
+    assert claim(ledger).queue == BATCH_QUEUE
+    assert claim(ledger).queue == QUEUE
+
+
+def test_owner_whose_job_nobody_can_serve_earns_nothing_by_it(ledger: Ledger) -> None:
+    def submit_as(owner: str, count: int, **values: Any) -> None:
+        spec = JobSpec(prompt="a", seed=1, count=count, **values)
+        ledger.submit(secrets.token_hex(8), spec, [Lock(checkpoint=RECORD, owner=owner)])
+
+    submit_as("parked", 1, requires=("nobody",))
+    submit_as("ada", 30)
+    for _ in range(30):
+        ledger.succeed(claim(ledger), "w1")
+    submit_as("parked", 10)
+    submit_as("bob", 10)
+    owners = [claim(ledger).lock.owner for _ in range(8)]
+
+    assert owners.count("parked") == 4
+
+
+def test_owners_that_are_served_leave_nothing_to_look_through(ledger: Ledger) -> None:
+    for number in range(300):
+        ledger.submit(f"j{number}", JobSpec(prompt="a", seed=1), [Lock(checkpoint=RECORD, owner=f"o{number}")])
+    for _ in range(300):
+        ledger.succeed(claim(ledger), "w1")
+
+    assert ledger.redis.exists(f"lf:owners:{QUEUE}") == 0
+    assert ledger.redis.keys("lf:ready:*") == []
+
+
+def test_unfinished_jobs_do_not_hide_finished_ones_from_the_manifest(ledger: Ledger) -> None:
+    for _ in range(25):
+        submit(ledger, 2)
+        job = claim(ledger)
+        ledger.succeed(job, "w1")
+        ledger.pause(job.job)
+        ledger.written(job.job, ledger.touched(job.job))
+    finished = submit(ledger, 1)
+    ledger.succeed(claim(ledger), "w1")
+
+    assert ledger.dirty() == [finished]
+
+
 def test_unknown_job_is_an_error_not_a_state(ledger: Ledger) -> None:
     with pytest.raises(UnknownName):
         ledger.status("nope")

@@ -16,6 +16,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from latentfarm_shared.logs import log
+
 from latentfarm_worker.counts import Counts
 
 PHASES = ("importing", "loading", "idle", "encoding", "denoising", "decoding", "upscaling", "tuning")
@@ -118,6 +120,8 @@ class Vitals:
                 self._text |= change
                 self._map[_LAYOUT.size + 4 : _LAYOUT.size + 4 + len(text)] = text
                 self._map[_LAYOUT.size : _LAYOUT.size + 4] = struct.pack("<I", len(text))
+            else:
+                log.error("too much to advertise", bytes=len(text), most=_TEXT)
 
     def read(self) -> Signs:
         """Return the latest reading."""

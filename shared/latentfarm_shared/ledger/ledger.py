@@ -272,6 +272,7 @@ class Ledger:
             except (ValidationError, UnknownName) as error:
                 story = json.dumps({"code": "UNREADABLE_JOB", "message": str(error), "worker": worker})
                 self._call("finish", job, position, token, worker, "f", story, "")
+                self._call("cancel", job)  # none of its images can be read
             else:
                 return Claim(job.decode(), int(position), token.decode(), queue.decode(), spec, lock, bool(doubtful))
         return None
@@ -337,7 +338,7 @@ class Ledger:
             return [float(item) for item in self.redis.lrange(f"lf:rates:{checkpoint}", 0, -1)]
 
     def drain(self, station: str, *, on: bool = True) -> None:
-        """Tell a worker to claim nothing more, or to go on; a station keeps this over restarts.
+        """Tell a worker to claim nothing more, or to go on; it keeps to this when its process is started again.
 
         Raises:
             UnknownName: there is no such worker.
@@ -596,6 +597,12 @@ class Ledger:
         with translated():
             texts = self.redis.hmget(f"lf:job:{job}:errors", [str(position) for position in positions])
         return [json.loads(text) if text else None for text in texts]
+
+    def deadline(self, job: str) -> float | None:
+        """Return when a job expires, in seconds since 1970; None if it does not."""
+        with translated():
+            found = self.redis.zscore("lf:deadlines", job)
+        return None if found is None else float(found) / 1000
 
     def events(self, job: str, after: int = 0, limit: int = 1000) -> list[JobEvent]:
         """Return what happened to a job since a version; the oldest of many are forgotten.

@@ -34,7 +34,7 @@
 -- lf:have:<owner>:<hhhh>     hash    content ids of an owner's pictures -> <job>/<position>
 -- lf:rendering:<owner>       hash    content ids being rendered -> claim;  lf:await:<owner>:<content>  set of images that
 --                                    wait for it;  lf:waking  set  <owner>:<content> of which only some were woken yet
--- lf:queues                  set     queue names ever used;  lf:rung:<queue>  zset  wake-ups under way, by time
+-- lf:queues                  set     queues where something was offered;  lf:rung:<queue>  zset  wake-ups under way, by time
 -- lf:leases                  zset    claims by the time their lease ends, member <job>/<position>
 -- lf:claim:<member>          hash    token worker queue content
 -- lf:worker:<name>           hash    what a worker says of itself; :claims is a set of members, :alone those held alone

@@ -58,6 +58,7 @@ local function ring(_, a)
   local rung = 'lf:rung:' .. queue
   redis.call('ZREMRANGEBYSCORE', rung, '-inf', at - tonumber(a[2]))
   if redis.call('EXISTS', 'lf:owners:' .. queue) == 0 and redis.call('EXISTS', 'lf:suspects:' .. queue) == 0 then
+    redis.call('SREM', 'lf:queues', queue)  -- until something is offered there
     return {}
   end
   local urgent = lane_of(queue) == 'interactive'
