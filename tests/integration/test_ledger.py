@@ -506,6 +506,14 @@ def test_unfinished_jobs_do_not_hide_finished_ones_from_the_manifest(ledger: Led
     assert ledger.dirty() == [finished]
 
 
+def test_picture_that_was_there_is_no_render(ledger: Ledger) -> None:
+    job = submit(ledger, 2)
+    ledger.succeed(claim(ledger), "w1", 0)
+    ledger.succeed(claim(ledger), "w1", 100)
+
+    assert ledger.status(job).starts == 1
+
+
 def test_unknown_job_is_an_error_not_a_state(ledger: Ledger) -> None:
     with pytest.raises(UnknownName):
         ledger.status("nope")

@@ -33,7 +33,7 @@ FINAL: frozenset[str] = frozenset({"succeeded", "failed", "canceled", "expired"}
 class JobStatus(BaseModel):
     """Where a job stands. `version` grows with every change; times are in seconds since 1970.
 
-    `reason` says who holds a paused job (owner, approval) or why one expired. `starts` counts images handed to workers.
+    `reason` says who holds a paused job (owner, approval) or why one expired. `starts` counts images handed to workers to be rendered.
     """
 
     model_config = ConfigDict(frozen=True)

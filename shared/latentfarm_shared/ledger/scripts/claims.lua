@@ -268,6 +268,7 @@ local function finish(_, a)
   mark(job, position, byte, byte == 's' or byte == 'f')
   count(job, FIELD[byte] or 'succeeded', 1)
   if a[6] ~= '' then redis.call('HSET', key_of(job) .. ':errors', position, a[6]) end
+  if a[7] == '0' then count(job, 'starts', -1) end  -- it was there and has not been rendered
   if a[7] ~= '' then
     local f = get(job, 'cost', 'lane')
     local more = tonumber(a[7]) - number(f[1])
