@@ -42,13 +42,14 @@ def settle(here: Yard, images: int, fault: Callable[[Clock], None], seconds: flo
         clock.wait(seconds)
         here.s3.mode = "ok"
         status = job.wait(600)
+    renders = max(status.starts, here.published())  # a log that was cut has forgotten some of its counts
     print(  # noqa: T201 - the figures of a run
-        f"{images} images, {here.kills} kills, {here.in_flight_at_kills} in flight at them, {status.starts} starts"
+        f"{images} images, {here.kills} kills, {here.in_flight_at_kills} in flight at them, {renders} renders"
     )
     assert status.counts["succeeded"] == images
     assert status.state == "succeeded"
     assert len(here.farm.store.keys(f"jobs/{job.id}/")) == images
-    assert status.starts <= images + 1.03 * here.in_flight_at_kills
+    assert renders <= images + 1.03 * here.in_flight_at_kills
     assert here.farm.ledger.aside() == {}
     here.check(job)
 

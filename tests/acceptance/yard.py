@@ -166,6 +166,11 @@ class Yard:
         """Count a job's images by state."""
         return Counter(self.farm.ledger.image_states(job.id, 0, job.spec.total))
 
+    def published(self) -> int:
+        """Count the pictures that workers say they published, whoever else did."""
+        log = self.local.data / "logs" / "yard.log"
+        return log.read_text().count("image published") if log.exists() else 0
+
     def check(self, job: Job) -> None:
         """Make sure that counters are what the states say, and that every success is one picture."""
         status = job.status()
