@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 from latentfarm.farm import Farm
 from latentfarm.jobfiles import InvalidRows
+from latentfarm_demo import EMBEDDINGS
 from latentfarm_shared.housekeeping import Housekeeper, manifest_key
 from latentfarm_shared.ledger.queues import LANES
 from latentfarm_shared.specs import JobSpec
@@ -41,8 +42,13 @@ expires_in: 2d
 
 @pytest.fixture
 def farm(servers: Farm) -> Iterator[Farm]:
-    servers.registry.reindex()
-    servers.library.reindex()
+    if "demo" not in servers.registry.checkpoints():  # another test may have emptied the index
+        servers.registry.reindex()
+        servers.library.reindex()
+    usable = {record.name for record in servers.embeddings.ls()}
+    for path in EMBEDDINGS.glob("*.pt"):
+        if path.stem not in usable:  # … or removed what ships
+            servers.embeddings.add(path)
     held = {job.id for job in servers.jobs(1000)}
     yield servers
     for job in servers.jobs(1000):
