@@ -47,6 +47,7 @@ MAX_SPEC_BYTES = 64 * 1024
 MAX_IMAGES = 1_000_000
 MAX_TEXT = 200_000
 SAMPLED = 32
+SEEDS = ("seed", "variation_seed")
 SETTLED = {"settled": True}  # a spec that was checked when it was submitted
 
 Lane = Literal["interactive", "batch"]
@@ -739,30 +740,30 @@ class ImageSpec(BaseModel):
 def drawn_seeds(spec: JobSpec, draw: Callable[[int], int]) -> dict[str, Any]:
     """Return fields with seeds in place of those that are -1, in axes too; `draw` gives a number below its argument."""
 
-    def settled(seed: Value) -> Value:
-        return draw(MAX_SEED - spec.count) if seed == -1 else seed
+    def settled(field: str, value: Value) -> Value:
+        return draw(MAX_SEED - spec.count) if value == -1 and field in SEEDS else value
 
-    fields: dict[str, Any] = {"seed": settled(spec.seed)}
-    swept = {axis.field: axis.items for axis in spec.swept}
-    varies = spec.variation_strength or any(swept.get("variation_strength", ())) or spec.rows is not None
-    varies = varies or any("variation_strength" in point for point in spec.include)
-    if any(point.get(field) == -1 for point in spec.include for field in ("seed", "variation_seed")):
-        fields["include"] = [
-            {name: settled(value) if name.endswith("seed") else value for name, value in point.items()}
-            for point in spec.include
-        ]
-    if varies:
-        fields["variation_seed"] = settled(spec.variation_seed)
+    fields: dict[str, Any] = {"seed": settled("seed", spec.seed)}
+    if _may_vary(spec):
+        fields["variation_seed"] = settled("variation_seed", spec.variation_seed)
     for name, axes in (("axes", spec.axes), ("zipped", spec.zipped)):
-        if any(axis.field.endswith("seed") and -1 in axis.items for axis in axes):
+        if any(axis.field in SEEDS and -1 in axis.items for axis in axes):
             fields[name] = [
                 axis.model_dump()
-                | ({"values": [settled(v) for v in axis.items]} if axis.field.endswith("seed") else {})
+                | ({"values": [settled(axis.field, v) for v in axis.items]} if -1 in axis.items else {})
                 for axis in axes
             ]
+    fields["include"] = [{name: settled(name, value) for name, value in point.items()} for point in spec.include]
     if (spec.dynamic == "random" or spec.order == "random") and not spec.dynamic_seed:
         fields["dynamic_seed"] = draw(MAX_SEED)
     return fields
+
+
+def _may_vary(spec: JobSpec) -> bool:
+    """Tell whether any image mixes in the noise of a variation seed."""
+    strengths = [value for axis in spec.swept if axis.field == "variation_strength" for value in axis.items]
+    included = any("variation_strength" in point for point in spec.include)
+    return bool(spec.variation_strength or any(strengths) or included or spec.rows)
 
 
 def expand(spec: JobSpec, index: int, data: Data = NO_DATA) -> ImageSpec:

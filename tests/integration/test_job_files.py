@@ -202,3 +202,23 @@ def test_client_key_makes_a_submission_repeatable(farm: Farm) -> None:
 
     assert jobs[0].id == jobs[1].id
     assert [job.is_known for job in jobs] == [False, True]
+
+
+def test_seeds_of_a_row_count_up_from_the_one_drawn(farm: Farm, tmp_path: Path) -> None:
+    rows = [
+        {"prompt": "a", "count": 3},
+        {"prompt": "b", "count": 2, "seed": 5, "variation_strength": 0.1, "variation_seed": 7},
+    ]
+    (job,) = farm.submit_file(write(tmp_path / "rows.jsonl", "\n".join(map(json.dumps, rows))))
+    images = [image.image for image in job.images]
+
+    assert [image.seed - images[0].seed for image in images[:3]] == [0, 1, 2]
+    assert [(image.seed, image.variation_seed) for image in images[3:]] == [(5, 7), (5, 8)]
+
+
+def test_seed_beyond_the_last_is_told_in_its_line(farm: Farm, tmp_path: Path) -> None:
+    rows = [{"prompt": "a"}, {"prompt": "b", "seed": 2**32 - 1, "count": 2}]
+    with pytest.raises(InvalidRows) as found:
+        farm.submit_file(write(tmp_path / "rows.jsonl", "\n".join(map(json.dumps, rows))))
+
+    assert [(error.line, error.field) for error in found.value.errors] == [(2, "seed")]
