@@ -105,25 +105,26 @@ class Yard:
         if not pids:
             return
         pid = random.choice(pids)
-        with suppress(FarmError):
-            held = [len(self.farm.ledger.claims(w.name)) for w in self.workers() if w.pid == pid]
-            self.in_flight_at_kills += sum(held)
         with suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGSTOP)  # so that it claims nothing while its claims are counted
+            self.in_flight_at_kills += self._held({pid})
             os.kill(pid, signal.SIGKILL)
             self.kills += 1
+
+    def _held(self, pids: set[int]) -> int:
+        """Return how many images are claimed by the workers with these processes."""
+        with suppress(FarmError):
+            return sum(len(self.farm.ledger.claims(worker.name)) for worker in self.workers() if worker.pid in pids)
+        return 0
 
     def freeze_one(self, seconds: float) -> None:
         """Stop a worker and its supervisor for a while, as a host that is suspended."""
         supervisor = random.choice(self.supervisors)
         with suppress(psutil.NoSuchProcess):
             family = [psutil.Process(supervisor.pid), *psutil.Process(supervisor.pid).children()]
-            with suppress(FarmError):
-                names = {process.pid for process in family}
-                self.in_flight_at_kills += sum(
-                    len(self.farm.ledger.claims(w.name)) for w in self.workers() if w.pid in names
-                )
             for process in family:
                 process.suspend()
+            self.in_flight_at_kills += self._held({process.pid for process in family})
             time.sleep(seconds)
             for process in family:
                 with suppress(psutil.NoSuchProcess):
@@ -189,7 +190,7 @@ def _watching(process: str) -> str:
         "from latentfarm_worker.supervisor import Supervisor, supervise;"
         "data = Path(sys.argv[sys.argv.index('--data') + 1]);"
         "count = int(sys.argv[sys.argv.index('--workers') + 1]);"
-        f"sys.exit(supervise([Supervisor(Settings.load(data), (), data, process={process!r}) for _ in range(count)]))"
+        f"sys.exit(supervise([Supervisor(Settings.load(data), (), data, process={process!r}, back_off_s=(0.2, 0.5)) for _ in range(count)]))"
     )
 
 

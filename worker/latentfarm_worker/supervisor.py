@@ -32,7 +32,7 @@ BEAT_S = 1.0
 BACK_OFF_S = (0.2, 0.5, 1.0, 2.0, 5.0, 10.0, 30.0)
 HEALTHY_AFTER_S = 60.0
 FATAL_EXITS = (2,)
-FRUITLESS_LIVES = 6
+FRUITLESS_LIVES = 12  # a worker that is killed every few seconds by somebody else gets this far once in years
 RATE_WINDOW_S = 10.0
 PROCESS = "latentfarm_worker.process"
 
@@ -68,12 +68,17 @@ class Supervisor:
         *,
         process: str = PROCESS,
         environ: Mapping[str, str] | None = None,
+        back_off_s: Sequence[float] = BACK_OFF_S,
     ) -> None:
-        """Name the worker; nothing is started yet. `process` is the module that is run and watched, in `environ`."""
+        """Name the worker; nothing is started yet. `process` is the module that is run and watched, in `environ`.
+
+        After its n-th death in a row it is started again after `back_off_s[n]` seconds.
+        """
         self.station = f"{socket.gethostname()}-{secrets.token_hex(3)}"
         self.name = f"{self.station}.0"
         self._settings, self._models, self._data, self._process = settings, models, data, process
         self._environ = dict(os.environ if environ is None else environ)
+        self._back_off_s = back_off_s
         self._ledger = Ledger.connect(settings)
         self._stop_at: float | None = None
         self._lives, self._fruitless, self._images = 0, 0, 0
@@ -109,7 +114,7 @@ class Supervisor:
                 return code
             self._note_death(code)
             failures = 0 if time.monotonic() - started > HEALTHY_AFTER_S or self._images else failures + 1
-            pause = BACK_OFF_S[min(failures, len(BACK_OFF_S) - 1)]
+            pause = self._back_off_s[min(failures, len(self._back_off_s) - 1)]
             log.warning("worker process died", worker=self.name, code=code, again_in_s=pause)
             self._sleep(pause)
         self._leave()
