@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import ctypes
 import os
-import signal
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -41,7 +40,7 @@ class PoisonedBackend(SimulatedBackend):
 
 def _misbehave(prompt: str, path: str) -> None:
     if prompt == "poison" or (prompt == "poison here" and not Path(path).exists()):
-        os.kill(os.getpid(), signal.SIGKILL)
+        os._exit(70)  # as a device that is lost
     if prompt == "hold the GIL":
         ctypes.PyDLL(None).sleep(GIL_S)
     if prompt == "hang once" and not Path(path).exists():

@@ -71,7 +71,12 @@ def test_kill_storm_loses_nothing_and_doubles_nothing(tmp_path: Path) -> None:
 def test_host_that_stands_still_for_twenty_seconds(tmp_path: Path) -> None:
     with yard(tmp_path) as here:
         here.start(WORKERS, IMAGE_S, apart=True)
-        settle(here, IMAGES // 2, lambda _stop: here.freeze_one(20.0), 21)
+
+        def freeze(stop: Clock) -> None:
+            stop.wait(2)  # by then it holds images
+            here.freeze_one(20.0)
+
+        settle(here, IMAGES // 2, freeze, 23)
 
 
 @pytest.mark.parametrize("cut", [False, True], ids=["log kept", "log cut by its last second"])

@@ -32,7 +32,7 @@ BEAT_S = 1.0
 BACK_OFF_S = (0.2, 0.5, 1.0, 2.0, 5.0, 10.0, 30.0)
 HEALTHY_AFTER_S = 60.0
 FATAL_EXITS = (2,)
-FRUITLESS_LIVES = 12  # a worker that is killed every few seconds by somebody else gets this far once in years
+FRUITLESS_LIVES = 6
 RATE_WINDOW_S = 10.0
 PROCESS = "latentfarm_worker.process"
 
@@ -81,7 +81,7 @@ class Supervisor:
         self._back_off_s = back_off_s
         self._ledger = Ledger.connect(settings)
         self._stop_at: float | None = None
-        self._lives, self._fruitless, self._images = 0, 0, 0
+        self._lives, self._fruitless, self._images, self._hung = 0, 0, 0, False
         self._told: set[str] = set()
 
     def check(self) -> None:
@@ -121,10 +121,18 @@ class Supervisor:
         return 0
 
     def _note_death(self, code: int) -> None:
-        """Take back what the process held; set the worker aside when life after life takes images and finishes none."""
+        """Take back what the process held; set the worker aside when life after life takes images and finishes none.
+
+        A process that somebody killed did not die of itself, unless we did because it hung; what kills it for the memory
+        an image takes is found at the image, which is run alone.
+        """
+        is_own = code != -signal.SIGKILL or self._hung
         try:
             held = self._ledger.bury(self.name)
-            self._fruitless = self._fruitless + 1 if held and not self._images else 0
+            if self._images:
+                self._fruitless = 0
+            elif held and is_own:
+                self._fruitless += 1
             if self._fruitless >= FRUITLESS_LIVES:
                 story = (
                     f"died {self._fruitless} times in a row holding images and finishing none, last with code {code}"
@@ -144,6 +152,7 @@ class Supervisor:
     def _run_once(self) -> int:
         """Start the process under a fresh name and watch it to its end."""
         self._lives += 1
+        self._hung = False
         self.name = f"{self.station}.{self._lives}"
         with tempfile.TemporaryDirectory(prefix="latentfarm-") as folder:
             path = Path(folder) / "vitals"
@@ -173,6 +182,7 @@ class Supervisor:
             signs = vitals.read()
             if watch.is_stalled(signs):
                 log.error("worker process hangs; killing it", worker=self.name, phase=signs.phase)
+                self._hung = True
                 process.kill()
                 break
             with suppress(FarmError):
