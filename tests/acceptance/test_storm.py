@@ -20,6 +20,7 @@ STORM_S = float(os.environ.get("STORM_S", "60"))
 FAULT_S = float(os.environ.get("FAULT_S", "20"))
 WORKERS, IMAGES, KILL_EVERY_S = 4, 2000, 2.0
 IMAGE_S = 0.1
+FAULTY_IMAGE_S = IMAGE_S * max(1.0, FAULT_S / 20)  # so that the images last as long as what goes wrong
 
 
 class Clock:
@@ -82,7 +83,7 @@ def test_host_that_stands_still_for_twenty_seconds(tmp_path: Path) -> None:
 @pytest.mark.parametrize("cut", [False, True], ids=["log kept", "log cut by its last second"])
 def test_redis_is_killed_and_comes_back(tmp_path: Path, cut: bool) -> None:
     with yard(tmp_path) as here:
-        here.start(WORKERS, IMAGE_S)
+        here.start(WORKERS, FAULTY_IMAGE_S)
 
         def restart(stop: Clock) -> None:
             while not stop.wait(FAULT_S / 3):
@@ -107,7 +108,7 @@ def test_s3_is_down_for_half_a_minute(tmp_path: Path) -> None:
 @pytest.mark.parametrize("mode", ["500", "503", "slow", "no conditions"])
 def test_s3_answers_badly(tmp_path: Path, mode: str) -> None:
     with yard(tmp_path) as here:
-        here.start(WORKERS, IMAGE_S)
+        here.start(WORKERS, FAULTY_IMAGE_S)
 
         def worse(stop: Clock) -> None:
             while not stop.wait(1.5):
@@ -119,14 +120,14 @@ def test_s3_answers_badly(tmp_path: Path, mode: str) -> None:
 
 def test_disk_is_full_at_the_worker(tmp_path: Path) -> None:
     with yard(tmp_path) as here:
-        here.start(WORKERS, IMAGE_S, logs="/dev/full")
+        here.start(WORKERS, FAULTY_IMAGE_S, logs="/dev/full")
         settle(here, IMAGES // 4, killing(here), FAULT_S / 2)
 
 
 def test_everything_goes_wrong_at_random(tmp_path: Path) -> None:
     with yard(tmp_path) as here:
-        here.start(2, IMAGE_S)
-        here.start(2, IMAGE_S, apart=True)
+        here.start(2, IMAGE_S * max(1.0, STORM_S / 60))
+        here.start(2, IMAGE_S * max(1.0, STORM_S / 60), apart=True)
 
         def anything(stop: Clock) -> None:
             here.s3.mode = "random"
