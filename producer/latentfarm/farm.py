@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import secrets
 import time
 from collections.abc import Mapping, Sequence
@@ -10,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from latentfarm_shared.embeddings.sandbox import Sandbox
-from latentfarm_shared.errors import InvalidField, RenderError, Unavailable, UsageError
+from latentfarm_shared.errors import InvalidField, RenderError, Unavailable, UnknownName, UsageError
 from latentfarm_shared.explicit import plain_name
 from latentfarm_shared.intake import Intake
 from latentfarm_shared.ledger import Ledger, WorkerStatus
@@ -50,13 +51,23 @@ class Farm:
         self.library = EmbeddingLibrary(self.ledger, self.store)
         self._vocabularies = Vocabularies(self.registry, settings.cache)
         self.owner = settings.owner if owner is None else check_owner(owner)
-        sandbox = Sandbox(settings.caps)
-        intake = Intake(self.library, self.registry, self._vocabularies, sandbox, self.owner)
-        self.embeddings = Embeddings(self.library, intake, settings)
+        self._sandbox = Sandbox(settings.caps)
+        self.embeddings = self._embeddings()
         self.models = Models(self.registry)
         self.tables = TableStore(self.store)
         self._celery = make_celery(settings)
         self._contracts: dict[str, tuple[object, Contract]] = {}
+
+    def _embeddings(self) -> Embeddings:
+        intake = Intake(self.library, self.registry, self._vocabularies, self._sandbox, self.owner)
+        return Embeddings(self.library, intake, self.settings)
+
+    def seen_by(self, owner: str) -> Farm:
+        """Return the same farm in another owner's name, over the same connections."""
+        other = copy.copy(self)
+        other.owner = check_owner(owner)
+        other.embeddings, other._contracts = other._embeddings(), {}  # noqa: SLF001 - of its own class
+        return other
 
     @classmethod
     def from_env(cls, data: str | Path | None = None, environ: Mapping[str, str] | None = None) -> Farm:
@@ -111,33 +122,48 @@ class Farm:
         }  # fmt: skip
         return self.submit(JobSpec.check(values | parameters))
 
-    def submit(self, spec: JobSpec, job_id: str | None = None) -> Job:
+    def submit(self, spec: JobSpec, job_id: str | None = None, request: str | None = None) -> Job:
         """Freeze a spec to a lock, write the job down, ring the workers; return once the job is on disk.
 
         A job of this id exists already, or one of the same client key: it is returned as it is, so a submission may be
-        repeated.
+        repeated. `request`, a digest of what was asked for, tells a repetition from another request under the same key.
 
         Raises:
             UsageError, Unavailable: as `generate`.
+            AlreadyTaken: the id is somebody else's job's, or the key came with another request.
             Busy: too much is waiting; says when to try again.
         """
-        return self.submit_frozen(*self.freeze(spec), job_id)
+        known = self.submitted(spec, job_id, request)  # whatever has changed since: the request was accepted then
+        return known or self.submit_frozen(*self.freeze(spec), job_id, request)
 
-    def submit_frozen(self, spec: JobSpec, locks: Sequence[Lock], job_id: str | None = None) -> Job:
+    def submitted(self, spec: JobSpec, job_id: str | None = None, request: str | None = None) -> Job | None:
+        """Return the job that was submitted with this client key or id before, None if none was.
+
+        Raises:
+            AlreadyTaken: it was another request.
+        """
+        if spec.key is None and job_id is None:
+            return None
+        known = self.ledger.submitted(self.owner, spec.key, job_id, request)
+        return None if known is None else self._job(known, is_known=True)
+
+    def submit_frozen(
+        self, spec: JobSpec, locks: Sequence[Lock], job_id: str | None = None, request: str | None = None
+    ) -> Job:
         """Submit what `freeze` returned.
 
         Raises:
             EmbeddingRefused: a name was removed since.
-            Busy, Unavailable: as `submit`.
+            AlreadyTaken, Busy, Unavailable: as `submit`.
         """
-        job = self._send(spec, locks, job_id)
+        job = self._send(spec, locks, job_id, request)
         self.ledger.acknowledge()
         return job
 
     def submit_all(self, specs: Sequence[JobSpec]) -> list[Job]:
         """Submit several jobs; all are checked and frozen before the first is queued."""
         frozen = [self.freeze(spec) for spec in specs]
-        jobs = [self._send(spec, locks, None) for spec, locks in frozen]
+        jobs = [self._send(spec, locks) for spec, locks in frozen]
         self.ledger.acknowledge()
         return jobs
 
@@ -162,7 +188,7 @@ class Farm:
                 frozen.append(self.freeze(spec))
             except UsageError as error:
                 raise found.wrong(number, error) from error
-        jobs = [self._send(spec, locks, None) for spec, locks in frozen]
+        jobs = [self._send(spec, locks) for spec, locks in frozen]
         self.ledger.acknowledge()
         for job in jobs:
             if job.is_known and job.status().state in ("failed", "canceled", "expired"):
@@ -254,8 +280,8 @@ class Farm:
             pins |= {pin: record.content_id for pin in (key, names[key].alias_of) if pin}
         return list(pins.items())
 
-    def _send(self, spec: JobSpec, locks: Sequence[Lock], job_id: str | None) -> Job:
-        done = self.ledger.submit(job_id or secrets.token_hex(8), spec, locks, self._pins(locks))
+    def _send(self, spec: JobSpec, locks: Sequence[Lock], job_id: str | None = None, request: str | None = None) -> Job:
+        done = self.ledger.submit(job_id or secrets.token_hex(8), spec, locks, self._pins(locks), request)
         for lock in locks if done.is_new else ():
             queue = queue_name(spec.lane, part_name(lock.checkpoint.hash, spec.requires))
             with suppress(Unavailable):  # the job is written down; a sweeper rings within a second
@@ -308,6 +334,16 @@ class Farm:
         job = self._job(matches[0] if len(matches) == 1 else job_id)
         job.status()
         return job
+
+    def own_job(self, job_id: str, *, anybodys: bool = False) -> Job:
+        """Return a job by its whole id, if it is this owner's or may be `anybodys`.
+
+        Raises:
+            UnknownName: there is none, as far as this owner is to know.
+        """
+        if self.ledger.status(job_id).owner != self.owner and not anybodys:
+            raise UnknownName("job", job_id)
+        return self._job(job_id)
 
     def jobs(self, limit: int = 50) -> list[Job]:
         """Return the newest jobs first."""

@@ -109,15 +109,23 @@ class FarmImage:
         """`code`, `message` and `worker`, if it failed."""
         return self.ledger.image_error(self.job, self.index)
 
+    def require(self) -> None:
+        """Make sure that there is a picture.
+
+        Raises:
+            ImageNotReady: there is none; says why.
+        """
+        if self.state != "succeeded":
+            story = self.error if self.state == "failed" else None
+            raise ImageNotReady(self.job, self.index, self.state, story["message"] if story else "")
+
     def png(self) -> bytes:
         """Return the picture's bytes.
 
         Raises:
             ImageNotReady: there is no picture.
         """
-        if self.state != "succeeded":
-            story = self.error if self.state == "failed" else None
-            raise ImageNotReady(self.job, self.index, self.state, story["message"] if story else "")
+        self.require()
         return self.store.get(self.key)
 
     def save(self, path: str | Path) -> Path:

@@ -20,6 +20,7 @@ from latentfarm_shared.checkpoints import (
 from latentfarm_shared.embeddings.arithmetic import combine, compare, near_duplicates
 from latentfarm_shared.embeddings.export import FORMATS, exported
 from latentfarm_shared.embeddings.files import EmbeddingFile
+from latentfarm_shared.embeddings.sandbox import NotAnEmbedding
 from latentfarm_shared.errors import FarmError, InvalidField, UsageError
 from latentfarm_shared.intake import Intake, embedding_paths, find_pairs
 from latentfarm_shared.library import EmbeddingLibrary, check_name, name_key
@@ -118,6 +119,18 @@ class Embeddings:
                 raise InvalidField("name", "goes with one file, not with a folder")
             return self._from_folder(path, details)
         return [self._from_file(path, name, replace(details, origin=text))]
+
+    def add_upload(
+        self, path: Path, file_name: str, name: str | None = None, *, allow_word: bool = False, kind: Kind | None = None
+    ) -> list[Taken]:
+        """Take what somebody sent under a file name, which lies at `path` meanwhile; errors speak of the name alone."""
+        told = Details(allow_word=allow_word, kind=kind, origin=file_name)
+        try:
+            return [Taken(file_name, tuple(self._intake.take(path, name, told, file_name=file_name)))]
+        except NotAnEmbedding as error:
+            return [Taken(file_name, error=NotAnEmbedding(file_name, error.reason, error.refusal))]
+        except UsageError as error:
+            return [Taken(file_name, error=error)]
 
     def import_a1111(self, folder: str | Path, *, allow_word: bool = False) -> list[Taken]:
         """Take over A1111's `embeddings` folder, with what `.civitai.info`, `.json`, `.txt` and previews say."""

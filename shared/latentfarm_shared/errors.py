@@ -8,6 +8,8 @@
     │   ├── EmbeddingInUse         an embedding that unfinished jobs use, so it is not removed
     │   ├── UnreadableFile         a file that is not what it should be
     │   │   └── NotAnEmbedding     a file that is no embedding the farm takes, with a code for why
+    │   ├── AlreadyTaken           an id that somebody else's job has, or a key that came with another request
+    │   ├── NotAllowed             a key that is unknown or expired, or that may not do this
     │   ├── BadSettings            an environment variable that makes no sense
     │   └── MissingExtra           a part of latentfarm that is not installed
     ├── Unavailable                exit 3: a service does not answer or lets nobody in; a retry may help
@@ -115,6 +117,33 @@ class EmbeddingInUse(UsageError):
     def __str__(self) -> str:
         jobs = "an unfinished job uses" if self.jobs == 1 else f"{self.jobs} unfinished jobs use"
         return f"{jobs} embedding {self.name!r}; wait for the end, or force it: they keep what they have"
+
+
+class AlreadyTaken(UsageError):
+    """The `kind` called `name` cannot be given again, because of `reason`."""
+
+    code = "ALREADY_TAKEN"
+
+    def __init__(self, kind: str, name: str, reason: str) -> None:
+        name = cut(name)
+        super().__init__(kind, name, reason)
+        self.kind, self.name, self.reason = kind, name, reason
+
+    def __str__(self) -> str:
+        return f"{self.kind} {self.name!r} {self.reason}"
+
+
+class NotAllowed(UsageError):
+    """Whoever asks may not, because of `reason`; `is_known` says whether it is known who asks."""
+
+    code = "NOT_ALLOWED"
+
+    def __init__(self, reason: str, is_known: bool = True) -> None:
+        super().__init__(reason, is_known)
+        self.reason, self.is_known = reason, is_known
+
+    def __str__(self) -> str:
+        return self.reason
 
 
 class UnreadableFile(UsageError):

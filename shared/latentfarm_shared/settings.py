@@ -128,6 +128,7 @@ class _Environment(BaseModel):
     LATENTFARM_LOG_FORMAT: Literal["console", "json"] = "console"
     LATENTFARM_API_HOST: str = "127.0.0.1"
     LATENTFARM_API_PORT: int = Field(8188, ge=0, le=65535)
+    LATENTFARM_API_ORIGINS: str = Field("", pattern=r"^(https?://[^/,\s]+(,https?://[^/,\s]+)*)?$")
     AWS_ACCESS_KEY_ID: str | None = None
     AWS_SECRET_ACCESS_KEY: str | None = None
     AWS_REGION: str = "us-east-1"
@@ -189,6 +190,7 @@ class Settings(BaseModel):
     log_format: str
     api_host: str
     api_port: int
+    api_origins: tuple[str, ...]
 
     @property
     def broker_url(self) -> str:
@@ -248,6 +250,7 @@ class Settings(BaseModel):
                 "log_format": env.LATENTFARM_LOG_FORMAT,
                 "api_host": env.LATENTFARM_API_HOST,
                 "api_port": env.LATENTFARM_API_PORT,
+                "api_origins": tuple(filter(None, env.LATENTFARM_API_ORIGINS.split(","))),
                 **_services(env, farm),
             }
         )
@@ -293,6 +296,11 @@ def _caps(env: _Environment) -> Caps:
 def environment_caps(environ: Mapping[str, str] = os.environ) -> Caps:
     """Return how much of an embedding file is read, which needs no farm."""
     return _caps(_read(environ))
+
+
+def environment_api_port(environ: Mapping[str, str] = os.environ) -> int:
+    """Return where the API is to listen."""
+    return _read(environ).LATENTFARM_API_PORT
 
 
 def environment_data(environ: Mapping[str, str] = os.environ) -> Path | None:

@@ -245,6 +245,13 @@ class ObjectStore:
             part = f"bytes={start}-{start + length - 1}"
             return self._client.get_object(Bucket=self.bucket, Key=key, Range=part)["Body"].read()
 
+    def link(self, key: str, seconds: int) -> str:
+        """Return an address where an object can be read for so many seconds, by whoever has it."""
+        address = self._client.generate_presigned_url(
+            "get_object", Params={"Bucket": self.bucket, "Key": key}, ExpiresIn=seconds
+        )
+        return str(address)
+
     def upload(self, key: str, path: Path) -> None:
         """Write a file of any size as an object."""
         with self._translated(key):

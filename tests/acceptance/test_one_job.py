@@ -26,7 +26,7 @@ def pixels(png: bytes) -> np.ndarray[tuple[int, ...], np.dtype[np.int16]]:
 def test_ready_line_names_the_farm_and_no_secret(farm: Up) -> None:
     secrets = json.loads((farm.data / "farm.json").read_text())
 
-    assert set(farm.ready) == {"redis_url", "s3_endpoint", "data"}
+    assert set(farm.ready) == {"redis_url", "s3_endpoint", "data", "api_url"}
     assert secrets["redis_password"] not in json.dumps(farm.ready)
     assert (farm.data / "farm.json").stat().st_mode & 0o077 == 0
     logs = "".join(path.read_text(errors="replace") for path in (farm.data / "logs").iterdir())

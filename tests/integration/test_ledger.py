@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 from latentfarm.farm import Farm
-from latentfarm_shared.errors import InvalidField, Unavailable, UnknownName
+from latentfarm_shared.errors import AlreadyTaken, InvalidField, Unavailable, UnknownName
 from latentfarm_shared.ledger import Claim, Ledger
 from latentfarm_shared.ledger.queues import queue_name
 from latentfarm_shared.records import Lock
@@ -530,3 +530,30 @@ def test_redis_trouble_is_one_sentence(servers: Farm, change: dict[str, str], sa
 
     with pytest.raises(Unavailable, match=says):
         Ledger.connect(settings).check()
+
+
+def test_key_that_comes_with_another_request_is_refused(ledger: Ledger) -> None:
+    spec = JobSpec(prompt="a", seed=1, key="mine")
+    first = ledger.submit("j1", spec, [Lock(checkpoint=RECORD)], request="digest")
+
+    assert ledger.submit("j2", spec, [Lock(checkpoint=RECORD)], request="digest").job == first.job
+    assert ledger.submitted("", "mine", request="digest") == first.job
+    assert ledger.submitted("", job="j1", request="digest") == first.job
+    assert ledger.submitted("", "other") is None
+    assert ledger.submitted("somebody", job="j1") is None
+    with pytest.raises(AlreadyTaken, match="j1"):
+        ledger.submit("j2", spec, [Lock(checkpoint=RECORD)], request="another")
+    with pytest.raises(AlreadyTaken, match="j1"):
+        ledger.submitted("", "mine", request="another")
+
+
+def test_jobs_come_page_by_page(ledger: Ledger) -> None:
+    for number in range(5):
+        ledger.submit(f"j{number}", JobSpec(prompt="a", seed=1), [Lock(checkpoint=RECORD, owner="me")])
+
+    page, cursor = ledger.jobs_before(2, owner="me")
+    ledger.submit("late", JobSpec(prompt="a", seed=1), [Lock(checkpoint=RECORD, owner="me")])
+    rest, end = ledger.jobs_before(3, cursor, "me")
+
+    assert [s.id for s in page + rest] == ["j4", "j3", "j2", "j1", "j0"]
+    assert ledger.jobs_before(3, end, "me") == ([], None)

@@ -21,7 +21,7 @@ from hypothesis.stateful import (
     run_state_machine_as_test,
 )
 from latentfarm.farm import Farm
-from latentfarm_shared.errors import Busy, InvalidField, UnknownName
+from latentfarm_shared.errors import AlreadyTaken, Busy, InvalidField, UnknownName
 from latentfarm_shared.ledger import Claim, ImageState, JobState, Ledger, Limits
 from latentfarm_shared.ledger.queues import queue_name
 from latentfarm_shared.ledger.states import FINAL
@@ -352,9 +352,11 @@ class LedgerMachine(RuleBasedStateMachine):
         getattr(self, what)(number)
 
     def submit_again(self, number: int) -> None:
-        job = self.job(number).id
-        done = self.ledger.submit(job, JobSpec(prompt="b", seed=9, count=9), [Lock(checkpoint=RECORDS[0])])
-        assert (done.job, done.is_new) == (job, False)
+        job, other = self.job(number), JobSpec(prompt="b", seed=9, count=9)
+        done = self.ledger.submit(job.id, other, [Lock(checkpoint=RECORDS[0], owner=job.owner)])
+        assert (done.job, done.is_new) == (job.id, False)
+        with pytest.raises(AlreadyTaken):
+            self.ledger.submit(job.id, other, [Lock(checkpoint=RECORDS[0], owner="somebody")])
 
     def cancel(self, number: int) -> None:
         job = self.job(number)

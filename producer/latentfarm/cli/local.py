@@ -37,9 +37,10 @@ def up(  # noqa: PLR0917 - typer turns each into an option
         str | None, typer.Option(help="Address where workers on other machines join.", show_default=False)
     ] = None,
     insecure: Insecure = False,
+    api: Annotated[bool, typer.Option("--api/--no-api", help="Serve the HTTP API.")] = True,
     as_json: Json = False,
 ) -> None:
-    """Run a farm on this machine: Redis-protocol server, S3 server and workers. Ctrl-C stops it; data is kept.
+    """Run a farm on this machine: Redis-protocol server, S3 server, HTTP API and workers. Ctrl-C stops it; data is kept.
 
     Examples:
 
@@ -61,17 +62,22 @@ def up(  # noqa: PLR0917 - typer turns each into an option
     configure_logs("INFO", "console")
     folder = data_folder(data, environment_data())
     stop = _StopRequest()
-    farm = LocalFarm(folder, workers, environ=_worker_environment(engine, image_seconds, jitter, slots), listen=listen)
+    environ = _worker_environment(engine, image_seconds, jitter, slots)
+    farm = LocalFarm(folder, workers, environ=environ, listen=listen, api_port=_api_port() if api else None)
     typer.echo(f"starting a farm in {folder} …", err=True)
     with farm as local:
         local.await_workers(lambda: stop.requested)
         settings = local.farm.settings
         ready = {"redis_url": settings.redis_url, "s3_endpoint": settings.s3_endpoint, "data": str(folder)}
         ready |= {"join": local.token} if local.token else {}
+        ready |= {"api_url": local.api_url} if local.api_url else {}
+        key = local.api_key() if local.api_url else None
+        ready |= {"api_key": key} if key else {}
         if as_json:
             typer.echo(json.dumps(ready))
         else:
-            typer.echo(f"farm ready: {settings.redis_url}, {settings.s3_endpoint}, data in {folder}")
+            served = f", {local.api_url}" if local.api_url else ""
+            typer.echo(f"farm ready: {settings.redis_url}, {settings.s3_endpoint}{served}, data in {folder}")
             typer.echo(f"in another terminal: latentfarm generate 'masterpiece, corneo_dva' --data {folder}", err=True)
             if local.token:
                 typer.echo(
@@ -80,6 +86,13 @@ def up(  # noqa: PLR0917 - typer turns each into an option
         while not stop.requested:
             local.watch()
             time.sleep(0.5)
+
+
+def _api_port() -> int | None:
+    """Return where the API should be served; None where it is not installed."""
+    from latentfarm_shared.settings import environment_api_port  # noqa: PLC0415
+
+    return environment_api_port() if find_spec("fastapi") and find_spec("uvicorn") else None
 
 
 def _refuse_plain(address: str, *, insecure: bool) -> None:
@@ -222,16 +235,21 @@ def serve(
     port: Annotated[int | None, typer.Option(help="Port to listen on.", show_default=False)] = None,
     data: Data = None,
 ) -> None:
-    """Serve the HTTP API: status of jobs, images and workers, and health."""
+    """Serve the HTTP API; its description is at /docs. Without API keys it listens on this machine alone.
+
+    Examples:
+
+        latentfarm serve --port 8188
+
+        latentfarm keys create alice && latentfarm serve --host 0.0.0.0
+    """
     from latentfarm_shared.errors import MissingExtra  # noqa: PLC0415
 
     if find_spec("fastapi") is None or find_spec("uvicorn") is None:
         raise MissingExtra("api", "the HTTP API")
-    import uvicorn  # noqa: PLC0415 - only in the extra
-
-    from latentfarm.api import create_app  # noqa: PLC0415
+    from latentfarm.api.serving import serve as run  # noqa: PLC0415 - only in the extra
     from latentfarm.farm import Farm  # noqa: PLC0415
 
     farm = Farm.from_env(data)
     settings = farm.settings
-    uvicorn.run(create_app(farm), host=host or settings.api_host, port=port or settings.api_port, log_level="warning")
+    run(farm, host or settings.api_host, settings.api_port if port is None else port)

@@ -11,7 +11,7 @@ import typer
 from latentfarm_shared import __version__
 from latentfarm_shared.errors import FarmError
 
-from latentfarm.cli import embeddings, jobs, local, models
+from latentfarm.cli import embeddings, jobs, keys, local, models
 
 app = typer.Typer(
     name="latentfarm",
@@ -33,6 +33,7 @@ app.add_typer(jobs.app, name="jobs", help="List, watch and download jobs.")
 app.add_typer(embeddings.app, name="embeddings", help="Inspect, add, name, compare and make embeddings.")
 app.add_typer(models.app, name="models", help="Add and list checkpoints.")
 app.add_typer(jobs.workers_app, name="workers", help="List, drain and release workers.")
+app.add_typer(keys.app, name="keys", help="Make, list and revoke API keys.")
 app.add_typer(jobs.limits_app, name="limits", help="What owners may have.")
 
 

@@ -14,16 +14,18 @@ from importlib.util import find_spec
 from pathlib import Path
 from types import TracebackType
 from typing import IO, Self
+from urllib.parse import urlsplit
 
-from latentfarm_shared.errors import MissingExtra, NoFarm, Unavailable
+from latentfarm_shared.errors import MissingExtra, NoFarm, NotAllowed, Unavailable
 from latentfarm_shared.settings import FarmFile, Settings
 
 from latentfarm.embedded.processes import Child, free_ports, start
 from latentfarm.embedded.servers import start_s3, start_valkey, write_private
 from latentfarm.farm import Farm
+from latentfarm.keys import SCOPES, ApiKeys
 
 WORKER_READY_S = 180.0
-GATE_READY_S = 10.0
+GATE_READY_S, API_READY_S = 10.0, 60.0
 FOREIGN = (
     "LATENTFARM_DATA",
     "LATENTFARM_JOIN",
@@ -51,18 +53,27 @@ class LocalFarm:
     """Use as a context: started on entering, stopped on leaving."""
 
     def __init__(
-        self, data: Path, workers: int = 1, *, environ: Mapping[str, str] | None = None, listen: str | None = None
+        self,
+        data: Path,
+        workers: int = 1,
+        *,
+        environ: Mapping[str, str] | None = None,
+        listen: str | None = None,
+        api_port: int | None = None,
     ) -> None:
         """Name the data folder; nothing is started yet.
 
         Workers run with `environ` on top of this process's own environment. Other machines reach the farm at the address
-        `listen`; its `token` tells them how.
+        `listen`; its `token` tells them how. The HTTP API is served at `api_port`, another if that is taken, none if None.
         """
         require_extras()
         self.data, self._worker_count, self._listen = data, workers, listen
         self._environ = dict(environ or {})
         self._gate: Child | None = None
+        self._api: Child | None = None
+        self._api_port = api_port
         self.token: str | None = None
+        self.api_url: str | None = None
         self._servers: list[Child] = []
         self._workers: list[Child] = []
         self._lock: IO[str] | None = None
@@ -77,6 +88,7 @@ class LocalFarm:
             self._open_gate()
             self._register_demo()
             self._workers = [self._start_worker(number) for number in range(1, self._worker_processes + 1)]
+            self._serve_api()
         except BaseException:
             self.stop()
             raise
@@ -136,6 +148,33 @@ class LocalFarm:
         self.token = farm.model_copy(update=public).token
         write_private(self.data / "join-token", self.token)
 
+    def _serve_api(self) -> None:
+        """Serve the HTTP API on this machine alone."""
+        if self._api_port is None:
+            return
+        (port,) = free_ports(1, [self._api_port])
+        self.api_url = f"http://127.0.0.1:{port}"
+        self._api = self._start_api()
+        self._api.await_ready(lambda: _answers("127.0.0.1", port), API_READY_S)
+
+    def _start_api(self) -> Child:
+        port = str(urlsplit(self.api_url or "").port)
+        command = [sys.executable, "-m", "latentfarm.cli.main", "serve", "--host", "127.0.0.1", "--port", port]
+        return start("api", [*command, "--data", str(self.data)], self.data / "logs", self._own_environment())
+
+    def api_key(self) -> str | None:
+        """Return a key for this farm's API, kept in `api-key` in the data folder; None if it needs none."""
+        keys, path = ApiKeys(self.farm.ledger), self.data / "api-key"
+        if not keys.are_needed():
+            return None
+        with suppress(FileNotFoundError, NotAllowed):
+            word = path.read_text().strip()
+            keys.find(word)
+            return word
+        _, word = keys.create(self.farm.owner or "farm", scopes=SCOPES, name="made by latentfarm up")
+        write_private(path, word)
+        return word
+
     @property
     def _is_simulated(self) -> bool:
         return self._environ.get("LATENTFARM_ENGINE") == "simulated"
@@ -193,12 +232,16 @@ class LocalFarm:
                 raise Unavailable(server.name, "died", f"its log {server.log_path} ends: {server.log_tail()}")
         with suppress(Unavailable):  # a server that is gone is noticed above, the next time
             self.farm.sweep()
+        if self._api is not None and self._api.process.poll() is not None:
+            self._api = self._start_api()
         for number, worker in enumerate(self._workers, 1):
             if worker.process.poll() not in (None, 0):
                 self._workers[number - 1] = self._start_worker(number)
 
     def stop(self) -> None:
         """Drain the workers, then stop the servers."""
+        if self._api is not None:
+            self._api.stop(15)
         for child in self._workers:
             if child.process.poll() is None:
                 child.process.terminate()
@@ -207,7 +250,7 @@ class LocalFarm:
             child.stop(grace + 8)
         for server in [*([self._gate] if self._gate else []), *reversed(self._servers)]:
             server.stop(15)
-        self._workers, self._servers, self._gate = [], [], None
+        self._workers, self._servers, self._gate, self._api = [], [], None, None
         if self._lock:
             self._lock.close()
 

@@ -16,7 +16,7 @@ from typing import Any, TypeVar
 import redis
 from pydantic import ValidationError
 
-from latentfarm_shared.errors import Busy, EmbeddingRefused, InvalidField, Unavailable, UnknownName
+from latentfarm_shared.errors import AlreadyTaken, Busy, EmbeddingRefused, InvalidField, Unavailable, UnknownName
 from latentfarm_shared.ledger.queues import part_name
 from latentfarm_shared.ledger.states import (
     STATE_OF_BYTE,
@@ -128,27 +128,56 @@ class Ledger:
     # ---- jobs
 
     def submit(
-        self, job: str, spec: JobSpec, locks: Sequence[Lock], pins: Sequence[tuple[str, str]] = ()
+        self,
+        job: str,
+        spec: JobSpec,
+        locks: Sequence[Lock],
+        pins: Sequence[tuple[str, str]] = (),
+        request: str | None = None,
     ) -> Submission:
         """Write a job down, with a lock for every checkpoint it draws on, and pin the names it uses (key, content id).
 
-        A job of this id, or of the same owner and client key, is left as it is.
+        A job of this id, or of the same owner and client key, is left as it is. `request` tells what was asked for, so
+        that the same key with another request is noticed.
 
         Raises:
             EmbeddingRefused: a name was removed or disabled since it was looked up.
+            AlreadyTaken: somebody else's job has this id, or the key came with another request before.
             Busy: the owner has too much waiting, or Redis too little memory.
         """
         self._refuse_when_full()
-        record = _job_record(spec, locks)
+        record = _job_record(spec, locks) | ({} if request is None else {"request": request})
         self._before_submit(record)
         answer = self._call("submit", job, json.dumps(record), json.dumps(pins))
         kind, *rest = (part.decode() if isinstance(part, bytes) else part for part in answer)
         if kind == "gone":
             raise EmbeddingRefused(rest[0].partition("/")[2], "it was removed or disabled a moment ago")
+        if kind == "taken":
+            raise AlreadyTaken("job", job, "is somebody else's; choose another id")
+        if kind == "old":
+            _refuse_other_request(rest[0], spec.key or job, rest[1], request)
         if kind == "full":
             queued, most = rest
             raise Busy(f"{queued} of your images wait and {most} may", self.wait_s(spec.lane))
         return Submission(rest[0], kind == "new")
+
+    def submitted(
+        self, owner: str, key: str | None = None, job: str | None = None, request: str | None = None
+    ) -> str | None:
+        """Return the id of the job that an owner submitted with a client key or this id, None if there is none.
+
+        Raises:
+            AlreadyTaken: it was another request.
+        """
+        with translated():
+            if key is not None:
+                found = self.redis.hget("lf:keys", f"{owner}/{key}")
+                job = found.decode() if found else job
+            whose, before = self.redis.hmget(f"lf:job:{job}", "owner", "request") if job else (None, None)
+        if job is None or whose is None or whose.decode() != owner:
+            return None
+        _refuse_other_request(job, key or job, (before or b"").decode(), request)
+        return job
 
     @staticmethod
     def _before_submit(record: dict[str, Any]) -> None:
@@ -499,12 +528,33 @@ class Ledger:
         spec, lock = self._spec_and_lock(job, fields["parts"].partition(",")[0])
         return job_status(job, fields, spec, lock)
 
+    def versions(self, jobs: Sequence[str]) -> list[int | None]:
+        """Return the versions of jobs, None for those that are not there."""
+        with translated(), self.redis.pipeline(transaction=False) as pipe:
+            for job in jobs:
+                pipe.hget(f"lf:job:{job}", "version")
+            return [None if found is None else int(found) for found in pipe.execute()]
+
     def jobs(self, limit: int = 50, owner: str | None = None) -> list[JobStatus]:
         """Return the newest jobs first, of one owner if given."""
+        return self.jobs_before(limit, owner=owner)[0]
+
+    def jobs_before(
+        self, limit: int, before: int | None = None, owner: str | None = None
+    ) -> tuple[list[JobStatus], int | None]:
+        """Return a page of jobs, the newest first, and where the next begins; None after the last.
+
+        `before` is where the page before ended. Jobs submitted meanwhile do not move a page.
+        """
+        key = "lf:jobs" if owner is None else f"lf:jobs:{owner}"
+        top = "+inf" if before is None else f"({before}"
         with translated():
-            key = "lf:jobs" if owner is None else f"lf:jobs:{owner}"
-            ids = [name.decode() for name in self.redis.zrevrange(key, 0, max(1, limit) - 1)]
-        return [self.status(job) for job in ids]
+            found = self.redis.zrevrangebyscore(key, top, "-inf", 0, max(1, limit), withscores=True)
+        statuses = []
+        for name, _ in found:
+            with suppress(UnknownName):  # deleted a moment ago
+                statuses.append(self.status(name.decode()))
+        return statuses, int(found[-1][1]) if len(found) == max(1, limit) else None
 
     def spec_and_lock(self, job: str, part: str | None = None) -> tuple[JobSpec, Lock]:
         """Return what a job was asked for and frozen to, for one of its parts, by default the first.
@@ -612,7 +662,9 @@ class Ledger:
         """
         layout = self.spec(job).layout
         with translated():
-            found = self.redis.xrevrange(f"lf:job:{job}:events", count=EVENTS_KEPT)
+            version = int(self.redis.hget(f"lf:job:{job}", "version") or 0)
+            new = min(version - after, EVENTS_KEPT)
+            found = self.redis.xrevrange(f"lf:job:{job}:events", count=new) if new > 0 else []
         events = []
         for entry, fields in reversed(found):
             version, position = int(fields[b"version"]), fields[b"position"]
@@ -663,6 +715,16 @@ class Ledger:
                 run_id = str(self.redis.info("server")["run_id"])
                 self.redis.eval(self._source, 0, "epoch", run_id, self._lease_ms, 0)
                 return self.redis.evalsha(self._sha, 0, transition, *arguments)
+
+
+def _refuse_other_request(job: str, key: str, before: str, request: str | None) -> None:
+    """Refuse a key that came with another request before.
+
+    Raises:
+        AlreadyTaken: it did.
+    """
+    if before and request and before != request:
+        raise AlreadyTaken("key", key, f"was used for another request, job {job}; choose a new one")
 
 
 def _job_record(spec: JobSpec, locks: Sequence[Lock]) -> dict[str, Any]:

@@ -1,16 +1,20 @@
 -- Jobs: submitted, held back, let go, closed, retried, deleted.
 
--- submit(job, record, pins): {'new', job}, {'old', job} if it was there or its client key is taken, {'gone', name} if a
--- name is no longer to be had, {'full', queued, limit} if the owner has too much waiting.
+-- submit(job, record, pins): {'new', job}, {'old', job, request} if it was there or its client key is taken, {'taken', job}
+-- if somebody else's job has the id, {'gone', name} if a name is no longer to be had, {'full', queued, limit} if the owner
+-- has too much waiting.
 -- record is JSON: the fields of the job's hash, and parts, [[checkpoint, start, stop]...]; pins is JSON,
 -- [[<owner>/<name>, content id]...].
 local function submit(_, a)
   local job, record, pins = a[1], cjson.decode(a[2]), cjson.decode(a[3])
   local key = key_of(job)
-  if redis.call('EXISTS', key) == 1 then return { 'old', job } end
+  local there = get(job, 'owner', 'request')
+  if there[1] then return there[1] == record.owner and { 'old', job, there[2] or '' } or { 'taken', job } end
   local named = record.key and record.owner .. '/' .. record.key
   local before = named and redis.call('HGET', 'lf:keys', named)
-  if before and redis.call('EXISTS', key_of(before)) == 1 then return { 'old', before } end
+  if before and redis.call('EXISTS', key_of(before)) == 1 then
+    return { 'old', before, get(before, 'request')[1] or '' }
+  end
   for _, name in ipairs(pins) do
     local entry = redis.call('HGET', 'lf:names', name[1])
     if not entry or cjson.decode(entry).state ~= 'active' then return { 'gone', name[1] } end

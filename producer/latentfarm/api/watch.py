@@ -1,0 +1,159 @@
+"""Watching jobs for many requests at once: one look at Redis a tick for all that anybody waits for in this process."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import AsyncIterator, Iterator
+from contextlib import contextmanager
+
+from latentfarm_shared.errors import FarmError, Unavailable
+from latentfarm_shared.ledger import JobEvent, JobStatus, Ledger
+from latentfarm_shared.logs import log
+from starlette.concurrency import run_in_threadpool
+
+TICK_S = 0.1
+PAGE = 1000
+
+
+class Tail:
+    """A job that somebody watches: what happened since, and when something does."""
+
+    def __init__(self, job: str, status: JobStatus) -> None:
+        """Begin at a status."""
+        self.job, self.status = job, status
+        self.watchers = 0
+        self.events: list[JobEvent] = []
+        self.begun = status.version
+        self._turn = asyncio.Event()
+
+    def move(self, status: JobStatus | None, events: list[JobEvent]) -> None:
+        """Note what happened and wake who waits."""
+        self.status = status or self.status
+        self.events += events
+        if len(self.events) > 2 * PAGE:
+            del self.events[:PAGE]
+            self.begun = self.events[0].version - 1
+        self._turn.set()
+        self._turn = asyncio.Event()
+
+    async def moved(self, timeout_s: float) -> None:
+        """Wait until something happens, or for so long."""
+        turn = self._turn
+        with contextlib.suppress(TimeoutError):
+            await asyncio.wait_for(turn.wait(), timeout_s)
+
+
+class Watch:
+    """Follows jobs. Belongs to one event loop."""
+
+    def __init__(self, ledger: Ledger) -> None:
+        """Watch nothing yet."""
+        self._ledger = ledger
+        self._tails: dict[str, Tail] = {}
+
+    async def run(self) -> None:
+        """Look after all watched jobs, without end."""
+        while True:
+            await asyncio.sleep(TICK_S)
+            if self._tails:
+                try:
+                    await self._look()
+                except Unavailable as error:
+                    log.warning("jobs are not watched for a moment", error=str(error))
+                    await asyncio.sleep(1)
+
+    async def _look(self) -> None:
+        jobs = list(self._tails)
+        versions = await run_in_threadpool(self._ledger.versions, jobs)
+        for job, version in zip(jobs, versions, strict=True):
+            tail = self._tails.get(job)
+            if tail is not None and version != tail.status.version:
+                await self._catch_up(tail)
+
+    async def _catch_up(self, tail: Tail) -> None:
+        try:
+            status = await run_in_threadpool(self._ledger.status, tail.job)
+            events = await run_in_threadpool(self._ledger.events, tail.job, tail.status.version, 2 * PAGE)
+        except Unavailable:
+            raise
+        except FarmError:  # it was deleted
+            tail.move(None, [])
+            return
+        tail.move(status, [event for event in events if event.version <= status.version])
+
+    async def tail(self, job: str) -> Tail:
+        """Return a job's tail, which moves while it is `followed`.
+
+        Raises:
+            UnknownName: there is no such job.
+        """
+        known = self._tails.get(job)
+        if known is not None:
+            return known
+        status = await run_in_threadpool(self._ledger.status, job)
+        return self._tails.get(job) or Tail(job, status)
+
+    @contextmanager
+    def followed(self, tail: Tail) -> Iterator[None]:
+        """Follow a job for as long as the context lasts."""
+        tail = self._tails.setdefault(tail.job, tail)
+        tail.watchers += 1
+        try:
+            yield
+        finally:
+            tail.watchers -= 1
+            if not tail.watchers:
+                self._tails.pop(tail.job, None)
+
+    async def final(self, job: str, timeout_s: float) -> JobStatus:
+        """Wait until a job is final, or for so long; return where it stands.
+
+        Raises:
+            UnknownName: there is no such job.
+        """
+        loop = asyncio.get_running_loop()
+        until = loop.time() + timeout_s
+        tail = await self.tail(job)
+        with self.followed(tail):
+            while not tail.status.is_final and (left := until - loop.time()) > 0:
+                await tail.moved(left)
+        return tail.status
+
+    async def events(self, job: str, after: int, idle_s: float) -> AsyncIterator[list[JobEvent] | JobStatus | None]:
+        """Yield what happened to a job since a version: events, each followed by the status; None after `idle_s` of nothing.
+
+        It ends behind the status of a final job.
+
+        Raises:
+            UnknownName: there is no such job.
+        """
+        tail = await self.tail(job)
+        with self.followed(tail):
+            tail = self._tails[job]
+            told = False
+            while True:
+                status = tail.status
+                new = await self._since(tail, after)
+                if new:
+                    after = new[-1].version
+                    yield new
+                if new or not told:
+                    told = True
+                    yield status
+                if status.is_final and after >= status.version:
+                    return
+                if tail.status is status:
+                    await tail.moved(idle_s)
+                    if tail.status is status:
+                        yield None
+
+    async def _since(self, tail: Tail, after: int) -> list[JobEvent]:
+        """Return events up to the tail's status: from memory, or older ones from Redis."""
+        last = tail.status.version
+        if after >= last:
+            return []
+        if after >= tail.begun:
+            return [event for event in tail.events if after < event.version <= last]
+        found = await run_in_threadpool(self._ledger.events, tail.job, after, 2 * PAGE)
+        return [event for event in found if event.version <= last]
