@@ -35,7 +35,7 @@ OWNERS = ("", "ann", "bob")
 WORKERS = ("a.1", "a.2", "b.1")
 NAME = "ann/fine"
 DAY_MS = 86_400_000
-STRIKES = 3
+STRIKES, OWN_DEATH, KILLED = 6, 2, 1
 RECORDS = tuple(
     checkpoint(name).model_copy(
         update={"files": (BlobFile(path="unet/diffusion_pytorch_model.safetensors", sha256=digit * 64, size=1),)}
@@ -238,9 +238,9 @@ class LedgerMachine(RuleBasedStateMachine):
         if held.job.scanning:
             held.job.failed_since.add(held.claim.position)
 
-    def die(self, held: Held) -> None:
+    def die(self, held: Held, weight: int) -> None:
         if held.alone:
-            held.image.deaths += 1
+            held.image.deaths += weight
         if held.alone and held.image.deaths >= STRIKES:
             self.fail_image(held)
         else:
@@ -550,23 +550,23 @@ class LedgerMachine(RuleBasedStateMachine):
         ended = [member.decode() for member in self.redis.zrangebyscore("lf:leases", 0, 1)]
         self.ledger.sweep(at_once=True)
         for member in ended:
-            self.die(self.live[member])
+            self.die(self.live[member], KILLED)
         for job in self.known:
             if job.scanning:
                 self.end_scan(job)
 
-    @rule(worker=st.sampled_from(WORKERS))
-    def bury(self, worker: str) -> None:
+    @rule(worker=st.sampled_from(WORKERS), killed=st.booleans())
+    def bury(self, worker: str, *, killed: bool = False) -> None:
         mine = self.held_by(worker)
-        assert self.ledger.bury(worker) == len(mine)
+        assert self.ledger.bury(worker, killed=killed) == len(mine)
         for held in mine:
-            self.die(held)
+            self.die(held, KILLED if killed else OWN_DEATH)
 
-    @rule(times=st.integers(1, 2 * STRIKES))
-    def workers_die_one_by_one(self, times: int) -> None:
+    @rule(times=st.integers(1, STRIKES), killed=st.booleans())
+    def workers_die_one_by_one(self, times: int, *, killed: bool) -> None:
         for _ in range(times):
             if self.claimed("haunted.1", QUEUES) is not None:
-                self.bury("haunted.1")
+                self.bury("haunted.1", killed=killed)
 
     def lone_workers_take_too_long(self) -> None:
         for key in self.redis.keys("lf:lone:*"):

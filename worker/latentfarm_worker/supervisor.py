@@ -128,7 +128,7 @@ class Supervisor:
         """
         is_own = code != -signal.SIGKILL or self._hung
         try:
-            held = self._ledger.bury(self.name)
+            held = self._ledger.bury(self.name, killed=not is_own)
             if self._images:
                 self._fruitless = 0
             elif held and is_own:

@@ -348,9 +348,12 @@ class Ledger:
         drained, *closed = self._call("beat", worker, self._lease_ms, *flat)
         return Orders(bool(drained), tuple(member.decode() for member in closed))
 
-    def bury(self, worker: str) -> int:
-        """Take back at once what a worker held whose process is dead; return how many images."""
-        return int(self._call("bury", worker))
+    def bury(self, worker: str, *, killed: bool = False) -> int:
+        """Take back at once what a worker held whose process is dead; return how many images.
+
+        One that was `killed` by somebody weighs less against the image it held alone than one that died of itself.
+        """
+        return int(self._call("bury", worker, int(killed)))
 
     def leave(self, worker: str) -> None:
         """Take a worker off the list."""

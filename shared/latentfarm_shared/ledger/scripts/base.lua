@@ -15,7 +15,7 @@
 -- lf:job:<id>:suspects:<h>   zset    images whose worker died, to be run alone
 -- lf:job:<id>:awaiting:<h>   set     images that wait for an identical one that is being rendered
 -- lf:job:<id>:errors         hash    position -> JSON of what failed
--- lf:job:<id>:deaths         hash    position -> how many workers died holding the image alone
+-- lf:job:<id>:deaths         hash    position -> what the deaths of workers weigh that held the image alone
 -- lf:job:<id>:events         stream  version, what, position (capped)
 -- lf:job:<id>:touched        zset    segments of the manifest that changed, by when
 -- lf:jobs                    zset    all jobs by their number;  lf:keys  hash  <owner>/<client key> -> job
@@ -44,7 +44,7 @@
 -- lf:names, lf:names:number, lf:names:changes, lf:pins, lf:used: see names.lua
 
 local EVENTS = 1000
-local STRIKES = 3
+local STRIKES, OWN_DEATH, KILLED = 6, 2, 1
 local SEGMENT = 1000
 local STARVED_MS = 20000
 local LOOK_AHEAD = 8   -- images that an owner with a warm checkpoint may be served before one whose checkpoint is not

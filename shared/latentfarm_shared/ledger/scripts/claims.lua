@@ -308,8 +308,9 @@ local function disown(_, a)
   return 1
 end
 
--- A claim whose worker died: its image becomes a suspect, or, after STRIKES deaths alone, fails.
-local function take_back(member)
+-- A claim whose worker died: its image becomes a suspect, or, once deaths alone with it weigh STRIKES, fails. A worker that
+-- was killed, or of which nobody knows, may have died of something else: that weighs half.
+local function take_back(member, weight)
   local job, position = split(member)
   local worker = redis.call('HGET', 'lf:claim:' .. member, 'worker')
   if not worker then
@@ -317,14 +318,14 @@ local function take_back(member)
     return
   end
   local alone = redis.call('HEXISTS', 'lf:worker:' .. worker .. ':alone', member) == 1
-  local deaths = alone and redis.call('HINCRBY', key_of(job) .. ':deaths', position, 1) or 0
+  local deaths = alone and redis.call('HINCRBY', key_of(job) .. ':deaths', position, weight) or 0
   if deaths >= STRIKES then
     let_go(member, worker)
     count(job, 'failed', 1)
     mark(job, position, 'f', true)
     redis.call('HSET', key_of(job) .. ':errors', position, cjson.encode({
       code = 'QUARANTINED', worker = worker,
-      message = 'workers died ' .. deaths .. ' times rendering this image alone, last ' .. worker }))
+      message = 'workers died again and again rendering this image alone, last ' .. worker }))
     event(job, 'image failed', position)
     settle(job)
   elseif hand_back(member, worker, 'suspects') then
@@ -335,14 +336,14 @@ end
 -- expire(limit): takes back images whose worker died; returns how many
 local function expire(_, a)
   local members = redis.call('ZRANGEBYSCORE', 'lf:leases', '-inf', now(), 'LIMIT', 0, tonumber(a[1]))
-  for _, member in ipairs(members) do take_back(member) end
+  for _, member in ipairs(members) do take_back(member, KILLED) end
   return #members
 end
 
--- bury(worker): the worker's process is dead, so its images need not wait for their leases; returns how many
+-- bury(worker, killed): the worker's process is dead, so its images need not wait for their leases; returns how many
 local function bury(_, a)
   local members = redis.call('SMEMBERS', 'lf:worker:' .. a[1] .. ':claims')
-  for _, member in ipairs(members) do take_back(member) end
+  for _, member in ipairs(members) do take_back(member, a[2] == '1' and KILLED or OWN_DEATH) end
   redis.call('ZREM', 'lf:workers', a[1])
   redis.call('DEL', 'lf:worker:' .. a[1])
   return #members
