@@ -198,8 +198,8 @@ class Worker:
         try:
             model = held.enter_context(self._backend.holding(claim))
             progress = Progress()
-            if claim.spec.pack is not None:
-                self._progress[claim.member] = progress
+            if claim.spec.pack is not None or claim.spec.lane == "interactive":
+                self._progress[claim.member] = progress  # somebody waits and may want to see
             render = self._backend.render(claim, image, model, progress)
             urgent = claim.spec.lane == "interactive" and claim.spec.pack is None
             future = self._engine.submit(render, model, urgent=urgent)

@@ -20,12 +20,22 @@ from latentfarm_shared.logs import log
 from starlette.exceptions import HTTPException
 from starlette.middleware.cors import CORSMiddleware
 
-from latentfarm.api import v1
+from latentfarm.api import sdapi, v1
 from latentfarm.api.answers import Healthy, answer
 from latentfarm.api.callers import Callers
 from latentfarm.api.guards import Guard
-from latentfarm.api.problems import MEDIA, Problem, documented, problem_of, problem_of_request
+from latentfarm.api.problems import (
+    MEDIA,
+    Problem,
+    a1111_style,
+    documented,
+    openai_style,
+    problem_of,
+    problem_of_request,
+)
+from latentfarm.api.sdapi.requests import Txt2ImgRequest
 from latentfarm.api.v1.jobs import JobRequest
+from latentfarm.api.waits import Repeats
 from latentfarm.api.watch import Watch
 from latentfarm.farm import Farm
 from latentfarm.keys import ApiKeys
@@ -36,6 +46,12 @@ DESCRIPTION = """A Stable Diffusion render farm that takes textual-inversion emb
 An embedding is applied or the job is refused, with the reason. Errors are RFC 9457 problems with a `code` for programs.
 Send your API key as `Authorization: Bearer KEY`, as the password of Basic authorization, or as `X-API-Key`; a farm without
 keys needs none and listens on its own machine alone."""
+STYLES = (
+    ("/sdapi/", a1111_style),
+    ("/internal/", a1111_style),
+    ("/agent-scheduler/", a1111_style),
+    ("/v1/", openai_style),
+)
 SCHEMES = {
     "bearer": {"type": "http", "scheme": "bearer"},
     "basic": {"type": "http", "scheme": "basic", "description": "The password is the key."},
@@ -49,7 +65,7 @@ def create_app(farm: Farm) -> FastAPI:
         title="latentfarm", version=__version__, description=DESCRIPTION, lifespan=_living, max_body_size=MAX_BODY
     )
     keys = ApiKeys(farm.ledger)
-    app.state.callers, app.state.watch = Callers(farm, keys), Watch(farm.ledger)
+    app.state.callers, app.state.watch, app.state.repeats = Callers(farm, keys), Watch(farm.ledger), Repeats(farm)
     origins = farm.settings.api_origins
     if origins:
         app.add_middleware(
@@ -62,6 +78,7 @@ def create_app(farm: Farm) -> FastAPI:
     app.add_exception_handler(HTTPException, _on_http)
     app.add_exception_handler(Exception, _on_bug)
     app.include_router(v1.router)
+    app.include_router(sdapi.router)
     _add_health(app, farm)
     app.openapi = lambda: _openapi(app)  # type: ignore[method-assign]
     return app
@@ -98,11 +115,14 @@ def _told(request: Request, problem: Problem, headers: dict[str, str] | None = N
     body = problem.model_copy(update={"request_id": request_id}).model_dump(mode="json", exclude_defaults=True)
     body |= {"type": problem.type, "title": problem.title, "status": problem.status, "code": problem.code}
     headers = dict(headers or {})
+    style = next((style for prefix, style in STYLES if request.url.path.startswith(prefix)), None)
+    media = MEDIA if style is None else "application/json"
+    body = body if style is None else style(problem, body)
     if problem.retry_after is not None:
         headers["retry-after"] = str(problem.retry_after)
     if problem.status == 401:
         headers["www-authenticate"] = 'Bearer realm="latentfarm"'
-    return Response(json.dumps(body, ensure_ascii=False), problem.status, headers, MEDIA)
+    return Response(json.dumps(body, ensure_ascii=False), problem.status, headers, media)
 
 
 async def _on_error(request: Request, error: Exception) -> Response:
@@ -141,7 +161,7 @@ def _openapi(app: FastAPI) -> dict[str, Any]:
     components = schema.setdefault("components", {})
     components["securitySchemes"] = SCHEMES
     schema["security"] = [{name: []} for name in SCHEMES] + [{}]
-    for model in (Problem, JobRequest):
+    for model in (Problem, JobRequest, Txt2ImgRequest):
         found = model.model_json_schema(ref_template="#/components/schemas/{model}")
         components.setdefault("schemas", {}).update(found.pop("$defs", {}))
         components["schemas"][model.__name__] = found

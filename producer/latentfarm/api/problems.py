@@ -166,3 +166,18 @@ def documented(
 
 
 _SCHEMA = {"$ref": "#/components/schemas/Problem"}
+
+
+def a1111_style(problem: Problem, body: dict[str, Any]) -> dict[str, Any]:
+    """Return a problem as A1111 tells errors, with what we know beside it."""
+    return body | {"error": problem.code, "detail": problem.title, "body": "", "errors": problem.title}
+
+
+_OPENAI_TYPES = {401: "authentication_error", 403: "permission_error", 404: "not_found_error", 429: "rate_limit_error"}
+
+
+def openai_style(problem: Problem, body: dict[str, Any]) -> dict[str, Any]:
+    """Return a problem as OpenAI tells errors, with what we know beside it."""
+    kind = _OPENAI_TYPES.get(problem.status, "invalid_request_error" if problem.status < 500 else "server_error")
+    told = {"message": problem.title, "type": kind, "param": problem.field, "code": problem.code.lower()}
+    return {"error": told, "farm": body}

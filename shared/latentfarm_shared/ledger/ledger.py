@@ -276,7 +276,8 @@ class Ledger:
 
     def progress(self, claim: Claim, story: dict[str, float | str]) -> bool:
         """Say how far a claimed image is; False if the claim was lost or the job closed."""
-        return bool(self._call("progress", claim.job, claim.position, claim.token, json.dumps(story)))
+        lasting = int(claim.spec.pack is not None)  # a packing's quality stays with its job
+        return bool(self._call("progress", claim.job, claim.position, claim.token, json.dumps(story), lasting))
 
     def acknowledge(self) -> None:
         """Wait until all that was written before is in the server's log on disk, where the server can tell.
@@ -650,6 +651,13 @@ class Ledger:
         with translated():
             texts = self.redis.hmget(f"lf:job:{job}:errors", [str(position) for position in positions])
         return [json.loads(text) if text else None for text in texts]
+
+    def in_flight(self, job: str) -> dict[int, dict[str, float | str]]:
+        """Return how far the images of a job are that are being rendered and told so, by index."""
+        layout = self.spec(job).layout
+        with translated():
+            found = self.redis.hgetall(f"lf:job:{job}:progress")
+        return {layout.index_at(int(position)): json.loads(text) for position, text in found.items()}
 
     def deadline(self, job: str) -> float | None:
         """Return when a job expires, in seconds since 1970; None if it does not."""

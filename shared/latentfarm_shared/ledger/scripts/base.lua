@@ -15,6 +15,7 @@
 -- lf:job:<id>:suspects:<h>   zset    images whose worker died, to be run alone
 -- lf:job:<id>:awaiting:<h>   set     images that wait for an identical one that is being rendered
 -- lf:job:<id>:errors         hash    position -> JSON of what failed
+-- lf:job:<id>:progress       hash    position -> JSON of how far an image in flight is
 -- lf:job:<id>:deaths         hash    position -> what the deaths of workers weigh that held the image alone
 -- lf:job:<id>:events         stream  version, what, position (capped)
 -- lf:job:<id>:touched        zset    segments of the manifest that changed, by when

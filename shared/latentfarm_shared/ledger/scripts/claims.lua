@@ -1,6 +1,8 @@
 -- Claims: an image handed to a worker under a lease, and how it ends.
 
 local function forget(member, worker)
+  local job, position = split(member)
+  redis.call('HDEL', key_of(job) .. ':progress', position)
   redis.call('DEL', 'lf:claim:' .. member)
   redis.call('ZREM', 'lf:leases', member)
   redis.call('SREM', 'lf:worker:' .. worker .. ':claims', member)
@@ -349,10 +351,12 @@ local function bury(_, a)
   return #members
 end
 
--- progress(job, position, token, text): what a claimed image says of its own progress; 0 if nobody wants it any more
+-- progress(job, position, token, text, lasting): what a claimed image says of its own progress, for as long as it is claimed,
+-- or as the last word of its job; 0 if nobody wants it any more
 local function progress(_, a)
   if not holds(a[1] .. '/' .. a[2], a[3]) then return 0 end
   if redis.call('HGET', key_of(a[1]), 'closed') ~= '' then return 0 end
-  redis.call('HSET', key_of(a[1]), 'progress', a[4])
+  if a[5] == '1' then redis.call('HSET', key_of(a[1]), 'progress', a[4]) end
+  redis.call('HSET', key_of(a[1]) .. ':progress', a[2], a[4])
   return 1
 end

@@ -241,7 +241,7 @@ local function delete(_, a)
   if f[2] and redis.call('HGET', 'lf:keys', f[1] .. '/' .. f[2]) == job then
     redis.call('HDEL', 'lf:keys', f[1] .. '/' .. f[2])
   end
-  for _, what in ipairs({ '', ':states', ':errors', ':deaths', ':events', ':touched' }) do
+  for _, what in ipairs({ '', ':states', ':errors', ':deaths', ':progress', ':events', ':touched' }) do
     redis.call('UNLINK', key_of(job) .. what)
   end
   redis.call('ZREM', 'lf:jobs', job)
