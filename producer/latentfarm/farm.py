@@ -201,9 +201,9 @@ class Farm:
         Raises:
             InvalidRows, UnreadableFile: what is wrong, and where.
         """
-        return read_job_file(Path(path), self.tables, dict(defaults or {}), self._side_of)
+        return read_job_file(Path(path), self.tables, dict(defaults or {}), self.side_of)
 
-    def _side_of(self, name: str) -> Side:
+    def side_of(self, name: str) -> Side:
         """Return which prompt an embedding belongs in; one that is not known is refused later."""
         known = self.library.visible(self.owner).get(plain_name(name).lower())
         return "negative" if known is not None and known.kind == "Negative" else "positive"

@@ -186,6 +186,11 @@ class Job:
         """What the job was frozen to; of one that draws on several checkpoints, for the first."""
         return self._frozen[1][0]
 
+    @property
+    def created(self) -> float:
+        """When it was submitted, in seconds since 1970."""
+        return self.status().created
+
     def status(self) -> JobStatus:
         """Return where the job stands."""
         return self.ledger.status(self.id)

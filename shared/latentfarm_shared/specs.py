@@ -381,6 +381,14 @@ class JobSpec(BaseModel):
                 raise ValueError(f"should hold printable characters alone, got {short(text)}")
         return value
 
+    @field_validator("embeddings", mode="before")
+    @classmethod
+    def _named(cls, value: Any) -> Any:
+        """Take `NAME`, `NAME:neg` and `NAME:pos` as the command line does."""
+        if not isinstance(value, list | tuple):
+            return value
+        return [EmbeddingUse.parse(use) if isinstance(use, str) else use for use in value]
+
     @field_validator("include", "exclude", mode="before")
     @classmethod
     def _points_of_numbers_and_texts(cls, value: Any) -> Any:

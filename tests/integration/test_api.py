@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import secrets
 from collections.abc import Iterator
 from pathlib import Path
@@ -290,28 +291,49 @@ def test_key_may_have_so_many_images_and_requests(farm: Farm, keyed: TestClient)
 
 
 def test_owner_never_sees_or_stops_anothers_work(farm: Farm, keyed: TestClient) -> None:
-    """Every route that names a job or an image is tried on somebody else's."""
+    """Every route that names a job, an image, a file, a batch or a task is tried on somebody else's."""
     keys = ApiKeys(farm.ledger)
     alice, bob = (bearer(keys.create(owner)[1]) for owner in ("alice", "bob"))
     secret = f"secret{secrets.token_hex(6)}"
+    body = {"prompt": f"a girl, {secret}", "width": 128, "height": 128}
     job = keyed.post("/api/v1/jobs", json={"prompt": f"a girl, {secret}", "count": 2}, headers=alice).json()
-    paths = keyed.get("/openapi.json").json()["paths"]
-    tried = 0
-    for path, item in paths.items():
+    task = keyed.post("/agent-scheduler/v1/queue/txt2img", json=body, headers=alice).json()["task_id"]
+    file = keyed.post(
+        "/v1/files", files={"file": ("x.jsonl", secret.encode())}, data={"purpose": "batch"}, headers=alice
+    ).json()["id"]
+    begun = {"input_file_id": file, "endpoint": "/v1/images/generations"}
+    batch = keyed.post("/v1/batches", json=begun, headers=alice).json()["id"]
+    named = {"{job}": job["id"], "{index}": "0", "{file_id}": file, "{batch_id}": batch, "{task}": task}
+    tried = []
+    for path, item in keyed.get("/openapi.json").json()["paths"].items():
+        filled = path
+        for name, value in named.items():
+            filled = filled.replace(name, value)
+        if filled == path or path.startswith("/images/"):  # those are signed
+            continue
         for method in item:
-            if "{job}" in path:
-                filled = path.replace("{job}", job["id"]).replace("{index}", "0")
-                bodies: dict[str, object] = {"priority": 3} if path.endswith("priority") else {}
-                answer = keyed.request(method, filled, headers=bob, json=bodies if method == "post" else None)
-                assert (path, method, answer.status_code) == (path, method, 404)
-                assert secret not in answer.text
-                tried += 1
+            sent: dict[str, object] = {"priority": 3} if path.endswith("priority") else {}
+            answer = keyed.request(method, filled, headers=bob, json=sent if method == "post" else None)
+            refused = answer.status_code == 404 or (answer.is_success and answer.json()["success"] is False)
+            assert refused, (path, method, answer.status_code)
+            assert secret not in answer.text
+            tried.append((method, path))
     taken = keyed.post("/api/v1/jobs", json={"prompt": "b", "id": job["id"]}, headers=bob)
+    keyed.post("/sdapi/v1/interrupt", headers=bob)
+    keyed.post("/agent-scheduler/v1/queue/clear", headers=bob)
 
-    assert tried >= 14
-    assert secret not in keyed.get("/api/v1/jobs", headers=bob).text
+    assert len(tried) >= 25
     assert (taken.status_code, secret in taken.text) == (409, False)
+    assert keyed.post("/v1/batches", json=begun, headers=bob).status_code == 404
+    for path in (
+        "/api/v1/jobs", "/v1/files", "/v1/batches", "/sdapi/v1/progress", "/internal/pending-tasks",
+        "/agent-scheduler/v1/queue", "/agent-scheduler/v1/history", "/sdapi/v1/options",
+    ):  # fmt: skip
+        found = keyed.get(path, headers=bob)
+        assert found.status_code == 200, path
+        assert not {secret, job["id"], task, file, batch} & set(re.findall(r"[\w-]+", found.text)), path
     assert keyed.get(job["urls"]["self"], headers=alice).json() == job
+    assert keyed.get("/internal/pending-tasks", headers=alice).json()["size"] == 1
 
 
 def test_embeddings_of_others_are_unknown(farm: Farm, keyed: TestClient) -> None:

@@ -6,7 +6,7 @@ import asyncio
 import contextlib
 import json
 import traceback
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,15 +15,19 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.openapi.utils import get_openapi
 from fastapi.responses import Response
 from latentfarm_shared import __version__
-from latentfarm_shared.errors import FarmError
+from latentfarm_shared.errors import FarmError, Unavailable
 from latentfarm_shared.logs import log
+from starlette.concurrency import run_in_threadpool
 from starlette.exceptions import HTTPException
 from starlette.middleware.cors import CORSMiddleware
 
-from latentfarm.api import sdapi, v1
+from latentfarm.api import links, openai, sdapi, v1
 from latentfarm.api.answers import Healthy, answer
 from latentfarm.api.callers import Callers
 from latentfarm.api.guards import Guard
+from latentfarm.api.links import Links
+from latentfarm.api.openai.batch_runner import BatchRunner
+from latentfarm.api.openai.requests import ImagesRequest
 from latentfarm.api.problems import (
     MEDIA,
     Problem,
@@ -41,6 +45,7 @@ from latentfarm.farm import Farm
 from latentfarm.keys import ApiKeys
 
 MAX_BODY = 2 * 2**20
+BATCH_S = 0.5
 DESCRIPTION = """A Stable Diffusion render farm that takes textual-inversion embeddings seriously.
 
 An embedding is applied or the job is refused, with the reason. Errors are RFC 9457 problems with a `code` for programs.
@@ -66,6 +71,8 @@ def create_app(farm: Farm) -> FastAPI:
     )
     keys = ApiKeys(farm.ledger)
     app.state.callers, app.state.watch, app.state.repeats = Callers(farm, keys), Watch(farm.ledger), Repeats(farm)
+    app.state.links = Links(farm)
+    app.state.batches = BatchRunner(app.state.callers, app.state.links)
     origins = farm.settings.api_origins
     if origins:
         app.add_middleware(
@@ -78,7 +85,8 @@ def create_app(farm: Farm) -> FastAPI:
     app.add_exception_handler(HTTPException, _on_http)
     app.add_exception_handler(Exception, _on_bug)
     app.include_router(v1.router)
-    app.include_router(sdapi.router)
+    for part in (sdapi, openai, links):
+        app.include_router(part.router)
     _add_health(app, farm)
     app.openapi = lambda: _openapi(app)  # type: ignore[method-assign]
     return app
@@ -87,13 +95,25 @@ def create_app(farm: Farm) -> FastAPI:
 @contextlib.asynccontextmanager
 async def _living(app: FastAPI) -> AsyncIterator[None]:
     """Run beside the requests what they share."""
-    tasks = [asyncio.create_task(app.state.watch.run())]
+    tasks = [asyncio.create_task(app.state.watch.run()), asyncio.create_task(_repeat(app.state.batches.step, BATCH_S))]
     try:
         yield
     finally:
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
+
+
+async def _repeat(step: Callable[[], None], pause_s: float) -> None:
+    """Do a thing again and again, in a thread; while a service is away it waits."""
+    while True:
+        try:
+            await run_in_threadpool(step)
+        except Unavailable as error:
+            log.warning("will try again", error=str(error))
+        except Exception as error:  # noqa: BLE001 - one thing that is broken must not end the others
+            log.error("a background step failed", error=type(error).__name__)
+        await asyncio.sleep(pause_s)
 
 
 def _add_health(app: FastAPI, farm: Farm) -> None:
@@ -118,6 +138,10 @@ def _told(request: Request, problem: Problem, headers: dict[str, str] | None = N
     style = next((style for prefix, style in STYLES if request.url.path.startswith(prefix)), None)
     media = MEDIA if style is None else "application/json"
     body = body if style is None else style(problem, body)
+    if style is openai_style and problem.status == 422:
+        problem = problem.model_copy(update={"status": 400})
+    if style is openai_style and problem.status == 500:
+        headers["x-should-retry"] = "false"  # the same request fails again
     if problem.retry_after is not None:
         headers["retry-after"] = str(problem.retry_after)
     if problem.status == 401:
@@ -161,7 +185,7 @@ def _openapi(app: FastAPI) -> dict[str, Any]:
     components = schema.setdefault("components", {})
     components["securitySchemes"] = SCHEMES
     schema["security"] = [{name: []} for name in SCHEMES] + [{}]
-    for model in (Problem, JobRequest, Txt2ImgRequest):
+    for model in (Problem, JobRequest, Txt2ImgRequest, ImagesRequest):
         found = model.model_json_schema(ref_template="#/components/schemas/{model}")
         components.setdefault("schemas", {}).update(found.pop("$defs", {}))
         components["schemas"][model.__name__] = found

@@ -36,6 +36,7 @@ class Group:
     fields: dict[str, Any]
     writer: RowWriter
     line: int
+    number: int
     is_straight: bool = True
     first: dict[str, Any] = field(default_factory=dict)
 
@@ -47,12 +48,22 @@ class Group:
             self.writer.add(image)
 
 
+@dataclass(frozen=True)
+class Placed:
+    """Where a row went: the number of its job, and its images, `count` from `first` on."""
+
+    job: int
+    first: int
+    count: int
+
+
 class RowSorter:
     """Makes jobs of rows; those that ask for other checkpoints, lanes … than others become jobs of their own."""
 
     def __init__(self, tables: TableStore, side_of: Callable[[str], Side], findings: Findings) -> None:
         self._tables, self._side_of, self._findings = tables, side_of, findings
         self._valid: set[tuple[str, Any]] = set()
+        self.begin({}, "rows")
         self.places: list[tuple[int, bool]] = []
         """Where each job begins, and whether its rows stand in one line each from there on."""
 
@@ -62,29 +73,47 @@ class RowSorter:
         Raises:
             InvalidRows: what is wrong, and where.
         """
-        uses = defaults.get("embeddings", [])
-        base = {name: value for name, value in defaults.items() if name != "embeddings"}
         try:
             check_whole(defaults)
         except InvalidField as error:
             self._findings.note((1, 1), error.field, error.reason)
             self._findings.check()
-        groups: dict[str, Group] = {}
-        total = 0
+        self.begin(defaults, name)
         for where, row in rows:
             try:
-                values = self._checked(row, base, uses)
-                count = values.pop("count", 1)
-                refuse_too_many(total + count)
-                images = _images(values, base, count)
+                self.add(where, row)
             except InvalidField as error:
                 self._note(where, row, error)
-                continue
-            self._group_of(values, groups, where, name).add(images, where[0], count)
-            total += count
         self._findings.check()
-        self.places = [(group.line, group.is_straight) for group in groups.values()]
-        return [_job_of(group, base, name) for group in groups.values()]
+        return self.finish()
+
+    def begin(self, defaults: dict[str, Any], name: str) -> None:
+        """Begin a table whose rows have these fields unless they say otherwise."""
+        self._uses, self._name, self._total = defaults.get("embeddings", []), name, 0
+        self._base = {name: value for name, value in defaults.items() if name != "embeddings"}
+        self._groups: dict[str, Group] = {}
+
+    def add(self, where: Where, row: dict[str, Any]) -> Placed:
+        """Add a row; return which of the jobs it belongs to, and which images of it it makes.
+
+        Raises:
+            InvalidField: what is wrong with it; nothing is added.
+        """
+        values = self._checked(row, self._base, self._uses)
+        count = values.pop("count", 1)
+        refuse_too_many(self._total + count)
+        images = _images(values, self._base, count)
+        group = self._group_of(values, where)
+        placed = Placed(group.number, group.writer.total, count)
+        group.add(images, where[0], count)
+        self._total += count
+        return placed
+
+    def finish(self) -> list[JobSpec]:
+        """Return the jobs of the rows that were added."""
+        groups = self._groups.values()
+        self.places = [(group.line, group.is_straight) for group in groups]
+        return [_job_of(group, self._base, self._name) for group in groups]
 
     def _note(self, where: Where, row: dict[str, Any], error: InvalidField) -> None:
         """Note what is wrong with a row, at its field where that is known."""
@@ -94,16 +123,16 @@ class RowSorter:
         else:
             self._findings.note(where, error.field, error.reason)
 
-    def _group_of(self, values: dict[str, Any], groups: dict[str, Group], where: Where, name: str) -> Group:
+    def _group_of(self, values: dict[str, Any], where: Where) -> Group:
         """Return the job that a row belongs to by the fields of its job."""
         shared = {name: value for name, value in values.items() if name not in IN_ROWS}
         key = json.dumps(shared, sort_keys=True, default=str)
-        if key not in groups:
-            if len(groups) == MAX_GROUPS:
+        if key not in self._groups:
+            if len(self._groups) == MAX_GROUPS:
                 self._findings.note(where, "file", f"its rows make more than {MAX_GROUPS} different jobs")
                 raise Enough
-            groups[key] = Group(shared, self._tables.writer(name), where[0])
-        return groups[key]
+            self._groups[key] = Group(shared, self._tables.writer(self._name), where[0], len(self._groups))
+        return self._groups[key]
 
     def _checked(self, row: dict[str, Any], base: dict[str, Any], uses: Iterable[Any]) -> dict[str, Any]:
         """Return a row's fields, with its embeddings written into its prompts.
