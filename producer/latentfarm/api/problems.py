@@ -157,7 +157,7 @@ def documented(
 
     `also` describes what it answers when all is well.
     """
-    anywhere = (400, 401, 403, 413, 422, 429, 503)
+    anywhere = (400, 401, 403, 404, 413, 422, 429, 503)
     problems: dict[int | str, dict[str, Any]] = {
         status: {"description": HTTPStatus(status).phrase, "content": {MEDIA: {"schema": _SCHEMA}}}
         for status in sorted({*anywhere, *statuses})

@@ -7,11 +7,14 @@ import secrets
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, field
+from typing import Any
 
 from fastapi import Request
+from fastapi.responses import Response
 from latentfarm_shared.errors import UnknownName
 from latentfarm_shared.ledger import JobStatus
 from latentfarm_shared.ledger.ledger import translated
+from pydantic import BaseModel
 from starlette.concurrency import run_in_threadpool
 
 from latentfarm.api.callers import Caller
@@ -21,6 +24,22 @@ from latentfarm.jobs import Job
 
 KEPT_S = 1800
 LOOK_S = 0.5
+
+
+class Later(BaseModel):
+    """A job that goes on, and where to ask for it."""
+
+    job_id: str
+    url: str
+
+
+LATER: dict[int | str, dict[str, Any]] = {202: {"model": Later, "description": "The job goes on."}}
+
+
+def later(job: Job) -> Response:
+    """Answer that a job goes on."""
+    story = Later(job_id=job.id, url=f"/api/v1/jobs/{job.id}")
+    return Response(story.model_dump_json(), 202, {"location": story.url}, "application/json")
 
 
 class Gone(Exception):

@@ -24,7 +24,7 @@ from latentfarm.api.links import Links
 from latentfarm.api.openai.requests import Wanted, wanted
 from latentfarm.api.problems import addressed, documented, openai_style, problem_of
 from latentfarm.api.submitting import digest_of, submit
-from latentfarm.api.waits import Gone, Repeats, waited
+from latentfarm.api.waits import LATER, Gone, Repeats, later, waited
 from latentfarm.jobs import FarmImage, Job, WaitTimeout
 
 router = APIRouter()
@@ -71,14 +71,19 @@ class Order:
     links: Links
 
 
-@router.post("/images/generations", responses=documented(500, 504), openapi_extra=BODY, response_model=None)
+@router.post("/images/generations", responses=documented(500, 504, also=LATER), openapi_extra=BODY, response_model=None)
 async def generate(
     request: Request,
     caller: Submitter,
     body: Annotated[dict[str, Any], Body()],
     retries: Annotated[str | None, Header(alias="x-stainless-retry-count", max_length=10)] = None,
+    wait: Annotated[int | None, Header(alias="X-Farm-Wait", ge=0, le=MAX_WAIT_S)] = None,
 ) -> Response:
-    """Draw pictures. A client that was cut off and retries gets the job it started."""
+    """Draw pictures. A client that was cut off and retries gets the job it started.
+
+    With `X-Farm-Wait: N` the answer comes after N seconds at most: 202 with the job, which goes on.
+    """
+    limit = MAX_WAIT_S if wait is None else wait
     asked = await run_in_threadpool(wanted, body, caller.farm)
     repeats: Repeats = request.app.state.repeats
     held = repeats.held(
@@ -88,12 +93,14 @@ async def generate(
     if asked.stream:
         job = await held.__aenter__()  # left when the stream ends
         order = Order(job, asked, base, request.app.state.links)
-        return StreamingResponse(_streamed(request, held, job, order), media_type="text/event-stream")
+        return StreamingResponse(_streamed(request, held, job, order, limit), media_type="text/event-stream")
     try:
         async with held as job:
-            status = await waited(request, request.app.state.watch, job.id, MAX_WAIT_S)
+            status = await waited(request, request.app.state.watch, job.id, limit)
+            if not status.is_final and wait is not None:
+                return later(job)
             if not status.is_final:
-                raise WaitTimeout(job.id, MAX_WAIT_S)
+                raise WaitTimeout(job.id, limit)
             answer = await run_in_threadpool(answer_of, Order(job, asked, base, request.app.state.links))
     except Gone:
         return Response(status_code=CLOSED_REQUEST)
@@ -156,10 +163,10 @@ def _converted(png: bytes, asked: Wanted) -> bytes:
 
 
 async def _streamed(
-    request: Request, held: AbstractAsyncContextManager[Job], job: Job, order: Order
+    request: Request, held: AbstractAsyncContextManager[Job], job: Job, order: Order, limit: float
 ) -> AsyncIterator[bytes]:
     """Yield each picture as it is done; what goes wrong is told in the stream, for it has begun."""
-    told = set[int]()
+    told, until = set[int](), time.monotonic() + limit
     try:
         while True:
             status = await run_in_threadpool(job.status)
@@ -169,6 +176,8 @@ async def _streamed(
                     yield await run_in_threadpool(_completed, order, image)
             if status.is_final:
                 break
+            if time.monotonic() > until:
+                raise WaitTimeout(job.id, limit)
             await waited_for_news(request, job.id, status.version)
         for image in job.images:
             _require(image)

@@ -7,7 +7,6 @@ import binascii
 from typing import Any
 
 from fastapi import APIRouter
-from fastapi.responses import JSONResponse, Response
 from latentfarm_shared.errors import InvalidField
 from latentfarm_shared.infotext import KEYWORD, read_infotext
 from latentfarm_shared.names import LATENT_UPSCALERS, PLAIN_UPSCALERS, SAMPLERS, SCHEDULES, TRAITS
@@ -184,10 +183,9 @@ NOT_YET = {
 
 
 def _refuse(name: str) -> None:
-    @router.post(f"/sdapi/v1/{name}", status_code=501, name=name, description=f"Not supported: {NOT_YET[name]}.")
-    async def refused(_caller: Submitter) -> Response:
-        story = {"error": "NotSupported", "detail": f"this farm does not do {NOT_YET[name]}", "body": "", "errors": ""}
-        return JSONResponse(story, 501)
+    @router.post(f"/sdapi/v1/{name}", name=name, description=f"Not supported: {NOT_YET[name]}.")
+    async def refused(_caller: Submitter) -> None:
+        raise InvalidField(name, f"this farm does not do {NOT_YET[name]}")
 
 
 for _name in NOT_YET:

@@ -17,7 +17,6 @@ from latentfarm_shared.ledger import JobStatus
 
 from latentfarm.api.callers import Caller, Reader, Submitter
 from latentfarm.api.problems import documented
-from latentfarm.api.sdapi.requests import Txt2ImgRequest
 from latentfarm.api.sdapi.tasks import Tasks
 from latentfarm.api.sdapi.txt2img import submit_task
 from latentfarm.jobs import Job
@@ -79,7 +78,6 @@ def queue_txt2img(request: Request, caller: Submitter, body: Annotated[dict[str,
     """Queue a task; the answer has its id at once."""
     if body.get("callback_url"):
         raise InvalidField("callback_url", "is not supported; ask for the task's state, or set up a webhook")
-    Txt2ImgRequest.model_validate(body)
     return {"task_id": submit_task(request, caller, body).id}
 
 

@@ -23,7 +23,7 @@ from latentfarm.api.problems import documented
 from latentfarm.api.sdapi.requests import Txt2ImgRequest, spec_of
 from latentfarm.api.sdapi.tasks import PREFIX, Tasks, task_of
 from latentfarm.api.submitting import digest_of, submit
-from latentfarm.api.waits import Gone, Repeats, waited
+from latentfarm.api.waits import LATER, Gone, Repeats, later, waited
 from latentfarm.farm import Farm
 from latentfarm.jobs import FarmImage, Job, WaitTimeout
 
@@ -45,7 +45,7 @@ class Txt2ImgAnswer(BaseModel):
 @router.post(
     "/sdapi/v1/txt2img",
     response_model=Txt2ImgAnswer,
-    responses=documented(409, 500, 504),
+    responses=documented(409, 500, 504, also=LATER),
     openapi_extra={
         "requestBody": {
             "required": True,
@@ -59,13 +59,15 @@ async def txt2img(
     body: Annotated[dict[str, Any], Body()],
     wait: Annotated[int | None, Header(alias="X-Farm-Wait", ge=0, le=MAX_WAIT_S)] = None,
 ) -> Response:
-    """Draw. With `X-Farm-Wait: N` the answer comes after N seconds at most: 504 with the job's id, and the job goes on."""
+    """Draw. With `X-Farm-Wait: N` the answer comes after N seconds at most: 202 with the job, which goes on."""
     repeats: Repeats = request.app.state.repeats
     limit = MAX_WAIT_S if wait is None else wait
     digest = digest_of(body)
     try:
         async with repeats.held(caller, digest, lambda: submit_task(request, caller, body)) as job:
             status = await waited(request, request.app.state.watch, job.id, limit)
+            if not status.is_final and wait is not None:
+                return later(job)
             if not status.is_final:
                 raise WaitTimeout(job.id, limit)
             found = await run_in_threadpool(_answer, body, job, status)
@@ -113,10 +115,10 @@ def _answer(body: Mapping[str, Any], job: Job, status: JobStatus) -> dict[str, A
         raise RenderError(story.get("message", "an image failed"))
     done = [image for image in images if image.state == "succeeded"]
     pictures = [] if body.get("send_images") is False else [base64.b64encode(i.png()).decode() for i in done]
-    parameters = Txt2ImgRequest.model_validate(dict(body)).model_dump(mode="json")
+    defaults = Txt2ImgRequest.model_construct().model_dump(mode="json")
     return {
         "images": pictures,
-        "parameters": parameters,
+        "parameters": defaults | dict(body),
         "info": json.dumps(info_of(done, job, status), ensure_ascii=False),
         "job_id": job.id,
     }
