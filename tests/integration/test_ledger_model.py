@@ -99,6 +99,7 @@ class ModelJob:
     gated: bool = False
     approved: bool = False
     scanning: bool = False
+    unscanned_is: Literal["canceled", "expired"] | None = None
     failed_since: set[int] = field(default_factory=set)
     deleted: bool = False
     version: int = 0
@@ -249,7 +250,8 @@ class LedgerMachine(RuleBasedStateMachine):
     def close(self, job: ModelJob, state: Literal["canceled", "expired"]) -> None:
         if job.closed or job.is_final:
             return
-        state = next((i.before for i in job.images if i.before in ("canceled", "expired")), state)
+        if job.scanning and job.unscanned_is:
+            state = job.unscanned_is
         actual = self.ledger.states_at(job.id, range(len(job.images)))
         for image, now in zip(job.images, actual, strict=True):
             if image.before is not None:
@@ -277,7 +279,8 @@ class LedgerMachine(RuleBasedStateMachine):
 
     def begin_retry(self, job: ModelJob, *, missing: bool) -> None:
         if job.closed or job.is_final:
-            job.pinned = job.names
+            job.pinned, job.paused = job.names, False
+        job.unscanned_is = job.unscanned_is if job.scanning else job.closed
         job.failed_since.clear()
         for image in job.images:
             if image.state == "failed" or (missing and image.state in {"canceled", "expired"}):
@@ -390,7 +393,7 @@ class LedgerMachine(RuleBasedStateMachine):
     def retry(self, number: int, *, missing: bool, vanishes: bool) -> None:
         worse = [job for job in self.known if job.has_ended_badly]
         job = worse[number % len(worse)]
-        if job.closed and not missing and job.counts.keys() & {"canceled", "expired"}:
+        if job.closed and not missing and job.counts.keys() & {"canceled", "expired", "running"}:
             with pytest.raises(InvalidField):
                 self.ledger.retry(job.id)
             return
