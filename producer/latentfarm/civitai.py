@@ -19,7 +19,8 @@ from urllib.parse import parse_qs, urlsplit, urlunsplit
 from latentfarm_shared.errors import FarmError, InvalidField, Unavailable, UnreadableFile
 from latentfarm_shared.sources import Details, Kind, read_side
 
-from latentfarm.downloads import Downloader, Fetched, origin
+from latentfarm.addresses import origin
+from latentfarm.downloads import Downloader, Fetched
 
 HOSTS = ("civitai.com", "www.civitai.com", "civitai.red", "www.civitai.red", "civitai.green")
 _AIR = re.compile(r"(?:urn:)?air:\w+:embedding:civitai:(\d+)@(\d+)", re.IGNORECASE)

@@ -128,6 +128,7 @@ class _Environment(BaseModel):
     LATENTFARM_LOG_FORMAT: Literal["console", "json"] = "console"
     LATENTFARM_API_HOST: str = "127.0.0.1"
     LATENTFARM_API_PORT: int = Field(8188, ge=0, le=65535)
+    LATENTFARM_SECRET_KEY: str | None = Field(None, min_length=16)
     LATENTFARM_API_ORIGINS: str = Field("", pattern=r"^(https?://[^/,\s]+(,https?://[^/,\s]+)*)?$")
     AWS_ACCESS_KEY_ID: str | None = None
     AWS_SECRET_ACCESS_KEY: str | None = None
@@ -191,6 +192,7 @@ class Settings(BaseModel):
     api_host: str
     api_port: int
     api_origins: tuple[str, ...]
+    secret_key: str | None = Field(None, repr=False)
 
     @property
     def broker_url(self) -> str:
@@ -250,6 +252,7 @@ class Settings(BaseModel):
                 "log_format": env.LATENTFARM_LOG_FORMAT,
                 "api_host": env.LATENTFARM_API_HOST,
                 "api_port": env.LATENTFARM_API_PORT,
+                "secret_key": env.LATENTFARM_SECRET_KEY,
                 "api_origins": tuple(filter(None, env.LATENTFARM_API_ORIGINS.split(","))),
                 **_services(env, farm),
             }

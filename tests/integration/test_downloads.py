@@ -13,9 +13,10 @@ from typing import Any
 import httpcore2
 import numpy as np
 import pytest
-from latentfarm import downloads
+from latentfarm import addresses, downloads
+from latentfarm.addresses import is_public
 from latentfarm.civitai import is_civitai
-from latentfarm.downloads import Downloader, is_public
+from latentfarm.downloads import Downloader
 from latentfarm.farm import Farm
 from latentfarm_demo import CHECKPOINT
 from latentfarm_shared.errors import FarmError, InvalidField, Unavailable, UnreadableFile
@@ -389,7 +390,7 @@ def test_redirect_into_the_own_network_is_refused(site: Site, monkeypatch: pytes
     inner = Site()
     site.serve("/x", b"", 302, Location=f"{inner.url}/secret")
     public = site.url.rpartition(":")[2]
-    monkeypatch.setattr(downloads, "is_public", lambda address: address == "127.0.0.9")
+    monkeypatch.setattr(addresses, "is_public", lambda address: address == "127.0.0.9")
     monkeypatch.setattr(socket, "getaddrinfo", _resolver({"outside.test": lambda: "127.0.0.9"}))
     monkeypatch.setattr(httpcore2.SyncBackend, "connect_tcp", _connect_to_loopback(int(public)))
 
@@ -411,7 +412,7 @@ def test_name_that_resolves_to_something_else_later_is_not_asked_again(
     port = int(site.url.rpartition(":")[2])
     answers = iter(["127.0.0.9", "10.0.0.1", "10.0.0.1"])
     connected: list[str] = []
-    monkeypatch.setattr(downloads, "is_public", lambda address: address == "127.0.0.9")
+    monkeypatch.setattr(addresses, "is_public", lambda address: address == "127.0.0.9")
     monkeypatch.setattr(socket, "getaddrinfo", _resolver({"rebind.test": lambda: next(answers)}))
     monkeypatch.setattr(httpcore2.SyncBackend, "connect_tcp", _connect_to_loopback(port, connected))
 

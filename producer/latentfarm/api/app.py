@@ -41,11 +41,12 @@ from latentfarm.api.sdapi.requests import Txt2ImgRequest
 from latentfarm.api.v1.jobs import JobRequest
 from latentfarm.api.waits import Repeats
 from latentfarm.api.watch import Watch
+from latentfarm.api.webhooks import HookWatcher, Sender
 from latentfarm.farm import Farm
 from latentfarm.keys import ApiKeys
 
 MAX_BODY = 2 * 2**20
-BATCH_S = 0.5
+STEP_S = 0.5
 DESCRIPTION = """A Stable Diffusion render farm that takes textual-inversion embeddings seriously.
 
 An embedding is applied or the job is refused, with the reason. Errors are RFC 9457 problems with a `code` for programs.
@@ -72,7 +73,8 @@ def create_app(farm: Farm) -> FastAPI:
     keys = ApiKeys(farm.ledger)
     app.state.callers, app.state.watch, app.state.repeats = Callers(farm, keys), Watch(farm.ledger), Repeats(farm)
     app.state.links = Links(farm)
-    app.state.batches = BatchRunner(app.state.callers, app.state.links)
+    batches = BatchRunner(app.state.callers, app.state.links)
+    app.state.steps = (batches.step, HookWatcher(farm).step, Sender(farm).step)
     origins = farm.settings.api_origins
     if origins:
         app.add_middleware(
@@ -95,7 +97,8 @@ def create_app(farm: Farm) -> FastAPI:
 @contextlib.asynccontextmanager
 async def _living(app: FastAPI) -> AsyncIterator[None]:
     """Run beside the requests what they share."""
-    tasks = [asyncio.create_task(app.state.watch.run()), asyncio.create_task(_repeat(app.state.batches.step, BATCH_S))]
+    tasks = [asyncio.create_task(app.state.watch.run())]
+    tasks += [asyncio.create_task(_repeat(step, STEP_S)) for step in app.state.steps]
     try:
         yield
     finally:

@@ -160,7 +160,15 @@ class LocalFarm:
     def _start_api(self) -> Child:
         port = str(urlsplit(self.api_url or "").port)
         command = [sys.executable, "-m", "latentfarm.cli.main", "serve", "--host", "127.0.0.1", "--port", port]
-        return start("api", [*command, "--data", str(self.data)], self.data / "logs", self._own_environment())
+        environ = {"LATENTFARM_SECRET_KEY": self._secret_key()} | self._own_environment()
+        return start("api", [*command, "--data", str(self.data)], self.data / "logs", environ)
+
+    def _secret_key(self) -> str:
+        """Return what webhook secrets are encrypted with, kept in the data folder."""
+        path = self.data / "secret-key"
+        if not path.exists():
+            write_private(path, secrets.token_urlsafe(32))
+        return path.read_text().strip()
 
     def api_key(self) -> str | None:
         """Return a key for this farm's API, kept in `api-key` in the data folder; None if it needs none."""

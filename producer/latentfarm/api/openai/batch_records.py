@@ -10,6 +10,7 @@ from latentfarm_shared.ledger.ledger import translated
 from pydantic import BaseModel
 from redis import WatchError
 
+from latentfarm.api.webhooks.watcher import enqueue
 from latentfarm.farm import Farm
 
 OPEN = "lf:openai:batches:open"
@@ -85,14 +86,17 @@ class Batches:
 
     def __init__(self, farm: Farm) -> None:
         """Keep them in this farm's Redis."""
-        self._redis = farm.ledger.redis
+        self._farm, self._redis = farm, farm.ledger.redis
 
     @staticmethod
     def _key(batch_id: str) -> str:
         return f"lf:openai:batch:{batch_id}"
 
     def put(self, record: Record, instead_of: Status | None = None) -> bool:
-        """Write a batch down, and whether it is still under way; False if its status is not `instead_of` any more."""
+        """Write a batch down, and whether it is still under way; False if its status is not `instead_of` any more.
+
+        Who wants to hear of its end is told in the same transaction.
+        """
         batch = record.batch
         with translated(), self._redis.pipeline() as pipe:
             if instead_of is not None:
@@ -103,6 +107,8 @@ class Batches:
             pipe.set(self._key(batch.id), record.model_dump_json())
             pipe.zadd(f"lf:openai:batches:{record.owner}", {batch.id: batch.created_at})
             (pipe.srem if batch.status in FINAL else pipe.sadd)(OPEN, batch.id)
+            if batch.status in FINAL:
+                enqueue(self._farm, pipe, record.owner, f"batch.{batch.status}", batch.id)
             try:
                 pipe.execute()
             except WatchError:

@@ -3,8 +3,8 @@
 from fastapi import APIRouter
 
 from latentfarm.api.problems import documented
-from latentfarm.api.v1 import admin, embeddings, images, jobs
+from latentfarm.api.v1 import admin, embeddings, images, jobs, webhooks
 
 router = APIRouter(prefix="/api/v1", responses=documented())
-for part in (jobs, images, embeddings, admin):
+for part in (jobs, images, embeddings, admin, webhooks):
     router.include_router(part.router)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import secrets
 import tempfile
 from collections.abc import AsyncIterator
 from dataclasses import dataclass
@@ -13,11 +14,11 @@ from fastapi import APIRouter, Body, Depends, Header, HTTPException, Query, Requ
 from fastapi import Path as InPath
 from fastapi.responses import Response
 from fastapi.sse import EventSourceResponse, ServerSentEvent
-from latentfarm_shared.errors import InvalidField
+from latentfarm_shared.errors import FarmError, InvalidField
 from latentfarm_shared.ledger import JobEvent, JobStatus
 from latentfarm_shared.parameters import short
 from latentfarm_shared.specs import JobSpec
-from pydantic import BaseModel, Field
+from pydantic import BaseModel, Field, ValidationError
 from starlette.concurrency import run_in_threadpool
 
 from latentfarm.api.answers import CausesAnswer, ImageAnswer, ImagePage, JobAnswer, JobPage, answer
@@ -25,6 +26,7 @@ from latentfarm.api.callers import Caller, Reader, Submitter
 from latentfarm.api.problems import documented
 from latentfarm.api.submitting import charged, check_job_id, digest_of, submit
 from latentfarm.api.watch import Watch
+from latentfarm.api.webhooks.hooks import HookRequest, Hooks
 from latentfarm.jobs import Job
 from latentfarm.planning import Plan
 
@@ -82,6 +84,7 @@ class JobRequest(JobSpec):
     """A job to submit."""
 
     id: str | None = Field(None, description="8 to 64 letters, digits, - and _; drawn if it is left out.")
+    webhook: HookRequest | None = Field(None, description="An address that is told of this job.")
 
 
 @dataclass(frozen=True)
@@ -162,10 +165,37 @@ def _submit(request: Request, caller: Caller, values: dict[str, Any], key: str |
     if job_id is not None and not isinstance(job_id, str):
         raise InvalidField("id", f"should be a text, got {short(job_id)}")
     digest = digest_of(values)
+    told = _hook_of(values.pop("webhook", None))
     if key is not None:
         values["key"] = key
     spec = JobSpec.check(values)
-    return submit(request.app.state.callers, caller, spec, job_id=check_job_id(job_id), request=digest)
+    job_id = check_job_id(job_id) or secrets.token_hex(8)
+    known = caller.farm.submitted(spec, job_id, digest)
+    if known is not None or told is None:
+        return known or submit(request.app.state.callers, caller, spec, job_id=job_id, request=digest)
+    hooks = Hooks(caller.farm)
+    hook = hooks.create(caller.owner, told, job_id)  # first, so that nothing of the job is missed
+    try:
+        return submit(request.app.state.callers, caller, spec, job_id=job_id, request=digest)
+    except FarmError:
+        hooks.delete(hook)
+        raise
+
+
+def _hook_of(value: Any) -> HookRequest | None:
+    """Return a webhook that a job asks for.
+
+    Raises:
+        InvalidField: it makes no sense.
+    """
+    if value is None:
+        return None
+    try:
+        return HookRequest.model_validate(value)
+    except ValidationError as error:
+        first = error.errors()[0]
+        place = ".".join(["webhook", *(str(part) for part in first["loc"])])
+        raise InvalidField(place, f"{first['msg'].lower()}, got {short(first['input'])}") from error
 
 
 @router.post(
@@ -385,6 +415,7 @@ def approve(caller: Submitter, job: JobId) -> Response:
 def retry(caller: Submitter, job: JobId, *, missing: Missing = False) -> Response:
     """Hand out again what failed."""
     found = own(caller, job)
+    Hooks(caller.farm).watch_again(job, found.status().version)
     found.retry(missing=missing)
     return answer(JobAnswer.of(found.status()))
 

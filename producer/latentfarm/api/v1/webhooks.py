@@ -1,0 +1,93 @@
+"""Webhooks: addresses that are told what happens, what was sent to them, and the secret they can trust."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+from fastapi import APIRouter
+from fastapi import Path as InPath
+from fastapi.responses import Response
+from pydantic import BaseModel
+
+from latentfarm.api.answers import answer
+from latentfarm.api.callers import Reader, Submitter
+from latentfarm.api.problems import documented
+from latentfarm.api.webhooks import Outbox
+from latentfarm.api.webhooks.hooks import Hook, HookRequest, Hooks
+from latentfarm.api.webhooks.outbox import Delivery
+
+router = APIRouter(prefix="/webhooks", tags=["webhooks"])
+HookId = Annotated[str, InPath(max_length=64, description="The webhook's id.")]
+DeliveryId = Annotated[str, InPath(max_length=64, description="The delivery's id, which receivers get as webhook-id.")]
+
+
+class HookPage(BaseModel):
+    """Webhooks, the oldest first."""
+
+    items: list[Hook]
+
+
+class DeliveryPage(BaseModel):
+    """What was sent to an address, the newest first."""
+
+    items: list[Delivery]
+
+
+class SecretAnswer(BaseModel):
+    """The secret that signs what is sent to you, as Standard Webhooks has it."""
+
+    secret: str
+
+
+@router.post("", status_code=201, response_model=Hook, responses=documented())
+def create(caller: Submitter, body: HookRequest) -> Response:
+    """Have an address told of your events."""
+    return answer(Hooks(caller.farm).create(caller.owner, body), 201)
+
+
+@router.get("", response_model=HookPage, responses=documented())
+def list_hooks(caller: Reader) -> Response:
+    """List your webhooks."""
+    return answer(HookPage(items=Hooks(caller.farm).ls(caller.owner)))
+
+
+@router.get("/secret", response_model=SecretAnswer, responses=documented())
+def secret(caller: Submitter) -> Response:
+    """Return the secret that signs what is sent to you."""
+    found = Hooks(caller.farm).secret(caller.owner)
+    return answer(SecretAnswer(secret=found), headers={"cache-control": "no-store"})
+
+
+@router.post("/secret", response_model=SecretAnswer, responses=documented())
+def rotate(caller: Submitter) -> Response:
+    """Make another secret; what is sent from now on is signed with it."""
+    found = Hooks(caller.farm).rotate(caller.owner)
+    return answer(SecretAnswer(secret=found), headers={"cache-control": "no-store"})
+
+
+@router.get("/{webhook}", response_model=Hook, responses=documented(404))
+def get_hook(caller: Reader, webhook: HookId) -> Response:
+    """Return a webhook."""
+    return answer(Hooks(caller.farm).get(caller.owner, webhook))
+
+
+@router.delete("/{webhook}", status_code=204, responses=documented(404))
+def delete(caller: Submitter, webhook: HookId) -> Response:
+    """Tell an address nothing more."""
+    hooks = Hooks(caller.farm)
+    hooks.delete(hooks.get(caller.owner, webhook))
+    return Response(status_code=204)
+
+
+@router.get("/{webhook}/deliveries", response_model=DeliveryPage, responses=documented(404))
+def deliveries(caller: Reader, webhook: HookId) -> Response:
+    """Return what was sent to an address, with every try."""
+    hook = Hooks(caller.farm).get(caller.owner, webhook)
+    return answer(DeliveryPage(items=Outbox(caller.farm).log(hook.id)))
+
+
+@router.post("/{webhook}/deliveries/{delivery}/redeliver", response_model=Delivery, responses=documented(404))
+def redeliver(caller: Submitter, webhook: HookId, delivery: DeliveryId) -> Response:
+    """Send something again, whatever became of it."""
+    hook = Hooks(caller.farm).get(caller.owner, webhook)
+    return answer(Outbox(caller.farm).send_again(hook.id, delivery))
