@@ -125,12 +125,16 @@ def test_progress_and_interrupt_are_the_callers_own(farm: Up, webui: WebUIApi) -
         answer = pool.submit(ask, farm, "/sdapi/v1/txt2img", body)
         eventually(lambda: webui.get_progress()["state"]["job_count"] > 0)
         eventually(lambda: webui.get_progress()["state"]["sampling_step"] > 0)
+        eventually(lambda: webui.get_progress()["current_image"] is not None)
+        seen = webui.get_progress()["current_image"]
         told = ask(farm, "/internal/progress", {"id_task": task})
         pending = ask(farm, "/internal/pending-tasks")
         webui.interrupt()
         stopped = answer.result(60)
 
     assert told["active"]
+    assert told["live_preview"].startswith("data:image/png;base64,")
+    assert Image.open(io.BytesIO(base64.b64decode(seen))).size == (64, 64)
     assert pending == {"size": 1, "tasks": [task]}
     assert len(stopped["images"]) < 30
     assert ask(farm, "/internal/progress", {"id_task": task})["completed"]

@@ -50,6 +50,14 @@ class Backend(Protocol):
         """
         ...
 
+    def fitting(self) -> Render | None:
+        """Return a render whose result `preview` needs, once for each checkpoint; None if there are no previews."""
+        ...
+
+    def preview(self, progress: Progress, fitted: Rendered) -> bytes | None:
+        """Return what a render sees now as a small PNG; None before its first step."""
+        ...
+
     def keep(self, claim: Claim, rendered: Rendered) -> dict[str, float | str]:
         """Store what a packing made; return what to tell of it."""
         ...

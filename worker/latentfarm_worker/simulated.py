@@ -38,8 +38,10 @@ from latentfarm_worker.operations import (
     Render,
     Rendered,
 )
+from latentfarm_worker.png import encode_png
 
 ENCODING, DECODING = 0.05, 0.1  # shares of an image's time; the rest is denoising
+EDGE = 64
 
 
 class SimulatedModel:
@@ -104,6 +106,12 @@ def simulated_render(image: ImageSpec, lock: Lock, progress: Progress) -> Render
     return Rendered(picture.pixels, content_ids, content_ids)
 
 
+def _nothing_to_fit() -> Render:
+    yield Encode(((),))
+    pixels: Any = simulated_picture(EDGE, EDGE)
+    return Rendered(pixels)
+
+
 class SimulatedBackend:
     """Serves every checkpoint of the farm at once and applies every embedding in name."""
 
@@ -136,6 +144,14 @@ class SimulatedBackend:
     def render(self, claim: Claim, image: ImageSpec, _model: Model, progress: Progress) -> Render:
         """Return the simulated render of an image."""
         return simulated_render(image, claim.lock, progress)
+
+    def fitting(self) -> Render | None:
+        """Return a render that is over at once."""
+        return _nothing_to_fit()
+
+    def preview(self, progress: Progress, _fitted: Rendered) -> bytes | None:
+        """Return a small gradient."""
+        return encode_png(simulated_picture(EDGE, EDGE), "") if progress.step else None
 
     def keep(self, _claim: Claim, _rendered: Rendered) -> dict[str, float | str]:
         """Keep nothing."""

@@ -22,6 +22,7 @@ from latentfarm_shared.specs import ImageSpec
 from latentfarm_shared.storage import ObjectStore
 from latentfarm_shared.vocabularies import Vocabularies
 
+from latentfarm_worker import previews
 from latentfarm_worker.bank import EmbeddingBank
 from latentfarm_worker.capacity import Capacity
 from latentfarm_worker.checkpoint import Checkpoint
@@ -35,6 +36,7 @@ from latentfarm_worker.operations import Model, Progress, Render, Rendered
 from latentfarm_worker.packing import Packed, pack_prompt
 from latentfarm_worker.packs import PackKeeper
 from latentfarm_worker.patience import patiently
+from latentfarm_worker.png import encode_png
 from latentfarm_worker.renders import RenderRequest, txt2img
 from latentfarm_worker.residents import Residents
 from latentfarm_worker.runtime import Runtime
@@ -42,6 +44,7 @@ from latentfarm_worker.shelf import Shelf
 from latentfarm_worker.torch_device import TorchDevice
 
 LOOK_AT_FOLDER_S = 1.0
+ENLARGED = 4  # how much a preview is, of a latent's size
 
 
 class TorchBackend:
@@ -140,6 +143,15 @@ class TorchBackend:
             known = self._library.visible(claim.lock.owner, at=claim.lock.frozen_at)
             held = self._contract = claim.job, Contract(claim.lock.checkpoint, known, checkpoint.tokenizer)
         return held[1]
+
+    def fitting(self) -> Render | None:
+        """Return what fits a map from latents to colours."""
+        return previews.fitting()
+
+    def preview(self, progress: Progress, fitted: Rendered) -> bytes | None:
+        """Return what a render sees now, enlarged, as a PNG."""
+        seen = previews.preview(progress, fitted.pixels)
+        return None if seen is None else encode_png(seen.numpy().repeat(ENLARGED, 0).repeat(ENLARGED, 1), "")
 
     def keep(self, claim: Claim, rendered: Rendered) -> dict[str, float | str]:
         """Put a packed prompt into the library, in the name of the job's owner; tell how good it is."""

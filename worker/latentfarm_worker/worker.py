@@ -12,7 +12,7 @@ from contextlib import ExitStack, suppress
 import numpy as np
 from latentfarm_shared.errors import FarmError, RenderCanceled, RenderError, Unavailable, UnknownName
 from latentfarm_shared.images import content_id, image_key
-from latentfarm_shared.ledger import Claim, Ledger
+from latentfarm_shared.ledger import SOMEBODY_LOOKS, Claim, Ledger
 from latentfarm_shared.ledger.queues import LANES, checkpoint_of, lacking, required_by
 from latentfarm_shared.logs import log
 from latentfarm_shared.records import CheckpointRecord
@@ -23,7 +23,7 @@ from latentfarm_shared.tables import TableStore
 
 from latentfarm_worker.backend import Backend
 from latentfarm_worker.engine import Engine
-from latentfarm_worker.operations import Progress, Rendered
+from latentfarm_worker.operations import Model, Progress, Rendered
 from latentfarm_worker.patience import patiently
 from latentfarm_worker.png import encode_png
 from latentfarm_worker.proof import checked
@@ -31,7 +31,7 @@ from latentfarm_worker.room import Room
 from latentfarm_worker.vitals import RESERVE, Vitals
 
 PUBLISHERS = 4
-TELL_EVERY_S = 1.0
+TELL_EVERY_S = 0.5
 
 
 def _story(progress: Progress) -> dict[str, float | str]:
@@ -60,7 +60,8 @@ class Worker:
         self._reserve = threading.Semaphore(RESERVE)
         self._unpublished = Room(settings.unpublished_mb * 2**20)
         self._claims: dict[str, tuple[Claim, Future[Rendered]]] = {}
-        self._progress: dict[str, Progress] = {}
+        self._progress: dict[str, tuple[Progress, Model]] = {}
+        self._fitted: dict[str, Future[Rendered] | None] = {}
         self._strange: set[str] = set()
         self._canceled: set[str] = set()
         self._guard = threading.Lock()
@@ -199,7 +200,7 @@ class Worker:
             model = held.enter_context(self._backend.holding(claim))
             progress = Progress()
             if claim.spec.pack is not None or claim.spec.lane == "interactive":
-                self._progress[claim.member] = progress  # somebody waits and may want to see
+                self._progress[claim.member] = progress, model  # somebody waits and may want to see
             render = self._backend.render(claim, image, model, progress)
             urgent = claim.spec.lane == "interactive" and claim.spec.pack is None
             future = self._engine.submit(render, model, urgent=urgent)
@@ -226,14 +227,29 @@ class Worker:
             self._publishers.submit(self._publish, claim, image, rendered)
 
     def _result(self, claim: Claim, future: Future[Rendered]) -> Rendered:
-        """Wait for a render; of one that is followed, tell every second how far it is."""
-        progress = self._progress.pop(claim.member, None)
-        while progress is not None and not future.done():
+        """Wait for a render; of one that is followed, tell twice a second how far it is, and show it to who looks."""
+        followed = self._progress.pop(claim.member, None)
+        while followed is not None and not future.done():
             with suppress(TimeoutError):
                 return future.result(TELL_EVERY_S)
             with suppress(Unavailable):
-                self._ledger.progress(claim, _story(progress))
+                if self._ledger.progress(claim, _story(followed[0])) == SOMEBODY_LOOKS:
+                    self._show(claim, *followed)
         return future.result()
+
+    def _show(self, claim: Claim, progress: Progress, model: Model) -> None:
+        """Show what a render sees now; the first time, what that takes is fitted to its checkpoint."""
+        if claim.spec.pack is not None:
+            return
+        with self._guard:
+            if model.name not in self._fitted:
+                fitting = self._backend.fitting()
+                self._fitted[model.name] = None if fitting is None else self._engine.submit(fitting, model, urgent=True)
+            fitted = self._fitted[model.name]
+        if fitted is not None and fitted.done() and fitted.exception() is None:
+            seen = self._backend.preview(progress, fitted.result())
+            if seen is not None:
+                self._ledger.show(claim, seen)
 
     def _publish(self, claim: Claim, image: ImageSpec, rendered: Rendered) -> None:
         """Write the picture where (job, index) decides, then tell the ledger; hand it back if nobody listens."""

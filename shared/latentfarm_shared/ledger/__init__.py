@@ -1,6 +1,6 @@
 """The ledger: Redis holds every job, claim and lease; each transition is one atomic script."""
 
-from latentfarm_shared.ledger.ledger import Claim, Ledger
+from latentfarm_shared.ledger.ledger import SOMEBODY_LOOKS, Claim, Ledger
 from latentfarm_shared.ledger.states import (
     ImageState,
     JobEvent,
@@ -12,6 +12,7 @@ from latentfarm_shared.ledger.states import (
 )
 
 __all__ = [
+    "SOMEBODY_LOOKS",
     "Claim",
     "ImageState",
     "JobEvent",

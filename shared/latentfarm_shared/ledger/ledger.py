@@ -46,6 +46,7 @@ SCAN_STEP = (200, 10_000)  # images handed out again and looked at in one step o
 REMEMBERED = 512  # specs and locks that are kept in memory
 EVENTS_KEPT = 1100
 RETRY_NEEDS_MISSING = 2
+SOMEBODY_LOOKS, SEEN_S = 2, 10
 
 
 @dataclass(frozen=True)
@@ -274,10 +275,27 @@ class Ledger:
 
     # ---- claims
 
-    def progress(self, claim: Claim, story: dict[str, float | str]) -> bool:
-        """Say how far a claimed image is; False if the claim was lost or the job closed."""
+    def progress(self, claim: Claim, story: dict[str, float | str]) -> int:
+        """Say how far a claimed image is; 0 if the claim was lost or the job closed, SOMEBODY_LOOKS if somebody does."""
         lasting = int(claim.spec.pack is not None)  # a packing's quality stays with its job
-        return bool(self._call("progress", claim.job, claim.position, claim.token, json.dumps(story), lasting))
+        return int(self._call("progress", claim.job, claim.position, claim.token, json.dumps(story), lasting))
+
+    def show(self, claim: Claim, picture: bytes) -> None:
+        """Show what a claimed image looks like so far."""
+        with translated():
+            self.redis.set(f"lf:seen:{claim.member}", picture, ex=SEEN_S)
+
+    def look(self, job: str) -> None:
+        """Ask workers to show a job's images in flight for the next seconds."""
+        with translated():
+            self.redis.set(f"lf:look:{job}", 1, ex=SEEN_S)
+
+    def seen(self, job: str, index: int) -> bytes | None:
+        """Return what an image in flight looked like a moment ago, a PNG; None if nobody has seen it."""
+        position = self.spec(job).layout.position_of(index)
+        with translated():
+            found: bytes | None = self.redis.get(f"lf:seen:{job}/{position}")
+        return found
 
     def acknowledge(self) -> None:
         """Wait until all that was written before is in the server's log on disk, where the server can tell.

@@ -187,7 +187,7 @@ class BatchRunner:
     def _answer(self, record: Record, farm: Farm, job: Job, line: Line) -> tuple[int, dict[str, Any]]:
         """Return what a single request would have been answered."""
         try:
-            order = Order(_Part(job, line.placed), wanted(line.body, farm), record.base, self._links)
+            order = Order(_Part(job, line.placed), wanted(line.body, farm), record.base, self._links, farm.ledger)
             return 200, answer_of(order, LINK_S)
         except FarmError as error:
             problem = problem_of(error)

@@ -15,6 +15,7 @@ from fastapi import APIRouter, Body, Header, Request
 from fastapi import Path as InPath
 from fastapi.responses import JSONResponse, Response, StreamingResponse
 from latentfarm_shared.errors import FarmError, RenderError, UnknownName
+from latentfarm_shared.ledger import Ledger
 from latentfarm_shared.records import CheckpointRecord
 from PIL import Image
 from starlette.concurrency import run_in_threadpool
@@ -30,6 +31,7 @@ from latentfarm.jobs import FarmImage, Job, WaitTimeout
 router = APIRouter()
 MAX_WAIT_S = 3600
 CLOSED_REQUEST = 499
+LOOK_S = 0.5
 NO_USAGE = {
     "input_tokens": 0, "output_tokens": 0, "total_tokens": 0,
     "input_tokens_details": {"image_tokens": 0, "text_tokens": 0},
@@ -69,6 +71,7 @@ class Order:
     wanted: Wanted
     base: str
     links: Links
+    ledger: Ledger
 
 
 @router.post("/images/generations", responses=documented(500, 504, also=LATER), openapi_extra=BODY, response_model=None)
@@ -92,7 +95,7 @@ async def generate(
     base = str(request.base_url).rstrip("/")
     if asked.stream:
         job = await held.__aenter__()  # left when the stream ends
-        order = Order(job, asked, base, request.app.state.links)
+        order = Order(job, asked, base, request.app.state.links, caller.farm.ledger)
         return StreamingResponse(_streamed(request, held, job, order, limit), media_type="text/event-stream")
     try:
         async with held as job:
@@ -101,7 +104,9 @@ async def generate(
                 return later(job)
             if not status.is_final:
                 raise WaitTimeout(job.id, limit)
-            answer = await run_in_threadpool(answer_of, Order(job, asked, base, request.app.state.links))
+            answer = await run_in_threadpool(
+                answer_of, Order(job, asked, base, request.app.state.links, caller.farm.ledger)
+            )
     except Gone:
         return Response(status_code=CLOSED_REQUEST)
     return JSONResponse(answer, headers={"x-farm-job-id": job.id})
@@ -166,7 +171,7 @@ async def _streamed(
     request: Request, held: AbstractAsyncContextManager[Job], job: Job, order: Order, limit: float
 ) -> AsyncIterator[bytes]:
     """Yield each picture as it is done; what goes wrong is told in the stream, for it has begun."""
-    told, until = set[int](), time.monotonic() + limit
+    told, until, partials = set[int](), time.monotonic() + limit, _Partials()
     try:
         while True:
             status = await run_in_threadpool(job.status)
@@ -178,6 +183,8 @@ async def _streamed(
                 break
             if time.monotonic() > until:
                 raise WaitTimeout(job.id, limit)
+            for partial in await run_in_threadpool(partials.news, order):
+                yield partial
             await waited_for_news(request, job.id, status.version)
         for image in job.images:
             _require(image)
@@ -198,21 +205,47 @@ async def waited_for_news(request: Request, job: str, version: int) -> None:
     tail = await watch.tail(job)
     with watch.followed(tail):
         if tail.status.version == version:
-            await tail.moved(1.0)
+            await tail.moved(LOOK_S)
+
+
+class _Partials:
+    """What images in flight look like, as often as a request asked to see them."""
+
+    def __init__(self) -> None:
+        self._sent: dict[int, int] = {}
+
+    def news(self, order: Order) -> list[bytes]:
+        """Return events for images that went far enough since the last."""
+        most, ledger = order.wanted.partial_images, order.ledger
+        if not most:
+            return []
+        ledger.look(order.job.id)
+        found = []
+        for index, story in ledger.in_flight(order.job.id).items():
+            sent, steps = self._sent.get(index, 0), float(story.get("steps", 0) or 1)
+            is_due = float(story.get("step", 0)) / steps >= (sent + 1) / (most + 1)
+            seen = ledger.seen(order.job.id, index) if is_due and sent < most else None
+            if seen is not None:
+                self._sent[index] = sent + 1
+                found.append(_event("partial_image", order.wanted, seen, partial_image_index=sent))
+        return found
 
 
 def _completed(order: Order, image: FarmImage) -> bytes:
-    asked = order.wanted
+    farm = {"job_id": order.job.id, "seed": image.seed, "infotext": image.parameters}
+    return _event("completed", order.wanted, image.png(), usage=NO_USAGE, farm=farm)
+
+
+def _event(kind: str, asked: Wanted, png: bytes, **more: Any) -> bytes:
     event = {
-        "type": "image_generation.completed",
+        "type": f"image_generation.{kind}",
         "created_at": int(time.time()),
         "background": "opaque",
         "output_format": asked.form,
         "quality": asked.quality,
         "size": asked.size,
-        "usage": NO_USAGE,
-        "farm": {"job_id": order.job.id, "seed": image.seed, "infotext": image.parameters},
-    } | {"b64_json": base64.b64encode(_converted(image.png(), asked)).decode()}
+        "b64_json": base64.b64encode(_converted(png, asked)).decode(),
+    } | more
     return f"event: {event['type']}\ndata: {json.dumps(event, ensure_ascii=False)}\n\n".encode()
 
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import base64
 import time
+import zlib
 from typing import Annotated, Any
 
 from fastapi import APIRouter, Body, Query
@@ -14,6 +16,7 @@ from latentfarm.api.problems import documented
 from latentfarm.api.sdapi.requests import resolve_model, supported_settings, title_of
 from latentfarm.api.sdapi.tasks import Tasks, fraction, task_of
 from latentfarm.api.sdapi.txt2img import default_model
+from latentfarm.farm import Farm
 
 router = APIRouter(tags=["A1111"], responses=documented())
 AHEAD = 200
@@ -28,7 +31,7 @@ class TaskQuestion(BaseModel):
 
 
 @router.get("/sdapi/v1/progress")
-def progress(caller: Reader, *, _skip: Annotated[bool, Query(alias="skip_current_image")] = False) -> dict[str, Any]:
+def progress(caller: Reader, *, skip_current_image: Annotated[bool, Query()] = False) -> dict[str, Any]:
     """Return how far your tasks are, all together; 0 and no job when nothing is under way."""
     statuses = Tasks(caller).unfinished()
     flights = {status.id: caller.farm.ledger.in_flight(status.id) for status in statuses}
@@ -38,6 +41,7 @@ def progress(caller: Reader, *, _skip: Annotated[bool, Query(alias="skip_current
     began = min((status.created for status in statuses), default=time.time())
     flight = next((f for found in flights.values() for f in found.values()), {})
     left = total - sum(status.finished for status in statuses)
+    seen = None if skip_current_image else _seen(caller.farm, flights)
     return {
         "progress": round(share, 4),
         "eta_relative": _eta(share, time.time() - began),
@@ -52,10 +56,19 @@ def progress(caller: Reader, *, _skip: Annotated[bool, Query(alias="skip_current
             "sampling_step": int(flight.get("step", 0)),
             "sampling_steps": int(flight.get("steps", 0)),
         },
-        "current_image": None,
+        "current_image": None if seen is None else base64.b64encode(seen).decode(),
         "textinfo": str(flight.get("stage", "waiting in queue")) if statuses else None,
         "current_task": task_of(statuses[0], caller.farm.own_job(statuses[0].id)) if statuses else None,
     }
+
+
+def _seen(farm: Farm, flights: dict[str, dict[int, Any]]) -> bytes | None:
+    """Return what the first image in flight looks like so far, and ask for more of it."""
+    job = next((job for job, found in flights.items() if found), None)
+    if job is None:
+        return None
+    farm.ledger.look(job)
+    return farm.ledger.seen(job, min(flights[job]))
 
 
 def _eta(share: float, seconds: float) -> float:
@@ -75,6 +88,12 @@ def task_progress(caller: Reader, question: TaskQuestion) -> dict[str, Any]:
     flights = caller.farm.ledger.in_flight(status.id)
     queued = status.state in ("queued", "paused")
     share = fraction(status, flights)
+    shown: dict[str, Any] = {}
+    seen = _seen(caller.farm, {status.id: flights}) if question.live_preview else None
+    number = -1 if seen is None else zlib.crc32(seen)
+    if seen is not None and number != question.id_live_preview:
+        picture = "data:image/png;base64," + base64.b64encode(seen).decode()
+        shown = {"live_preview": picture, "id_live_preview": number}
     stage = next((str(f.get("stage")) for f in flights.values()), "starting")
     text = _place_in_queue(caller, job.id) if queued else stage
     eta = _eta(share, time.time() - status.created) or None
@@ -82,6 +101,7 @@ def task_progress(caller: Reader, question: TaskQuestion) -> dict[str, Any]:
         {"active": not queued, "queued": queued, "completed": False}
         | empty
         | {"progress": share, "eta": eta, "textinfo": text}
+        | shown
     )
 
 
@@ -143,7 +163,7 @@ DEFAULT_OPTIONS: dict[str, Any] = {
     "CLIP_stop_at_last_layers": 1,
     "sd_vae": "Automatic",
     "sd_vae_as_default": True,
-    "live_previews_enable": False,
+    "live_previews_enable": True,
     "show_progress_every_n_steps": 10,
     "eta_noise_seed_delta": 0,
     "emphasis": "Original",

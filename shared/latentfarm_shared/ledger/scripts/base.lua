@@ -16,6 +16,7 @@
 -- lf:job:<id>:awaiting:<h>   set     images that wait for an identical one that is being rendered
 -- lf:job:<id>:errors         hash    position -> JSON of what failed
 -- lf:job:<id>:progress       hash    position -> JSON of how far an image in flight is
+-- lf:look:<id>               string  somebody looks at a job's images in flight;  lf:seen:<member>  string  what there is to see
 -- lf:job:<id>:deaths         hash    position -> what the deaths of workers weigh that held the image alone
 -- lf:job:<id>:events         stream  version, what, position (capped)
 -- lf:job:<id>:touched        zset    segments of the manifest that changed, by when

@@ -352,11 +352,11 @@ local function bury(_, a)
 end
 
 -- progress(job, position, token, text, lasting): what a claimed image says of its own progress, for as long as it is claimed,
--- or as the last word of its job; 0 if nobody wants it any more
+-- or as the last word of its job; 0 if nobody wants it any more, 2 if somebody looks
 local function progress(_, a)
   if not holds(a[1] .. '/' .. a[2], a[3]) then return 0 end
   if redis.call('HGET', key_of(a[1]), 'closed') ~= '' then return 0 end
   if a[5] == '1' then redis.call('HSET', key_of(a[1]), 'progress', a[4]) end
   redis.call('HSET', key_of(a[1]) .. ':progress', a[2], a[4])
-  return 1
+  return 1 + redis.call('EXISTS', 'lf:look:' .. a[1])
 end
