@@ -28,6 +28,7 @@ NAMES = (
     "library",
     "scale",
     "submit",
+    "api",
     "pack",
     "memory",
 )

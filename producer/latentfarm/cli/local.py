@@ -13,7 +13,7 @@ from typing import Annotated
 
 import typer
 
-from latentfarm.cli.output import Data, Json
+from latentfarm.cli.output import Data, Json, show
 
 Engine = Annotated[
     str | None, typer.Option(help="torch, or simulated: takes time instead of rendering.", show_default=False)
@@ -228,6 +228,32 @@ def _token(join: str, *, insecure: bool) -> str:
     if not farm.is_local and not farm.redis_url.startswith("rediss://"):
         _refuse_plain("the farm's address", insecure=insecure)
     return token
+
+
+def doctor(data: Data = None, as_json: Json = False) -> None:
+    """Look at every part of the farm and say what to do about each trouble. Exit code 1 if something does not work.
+
+    Examples:
+
+        latentfarm doctor
+
+        latentfarm doctor --json --data /srv/latentfarm
+    """
+    from latentfarm_shared.settings import Settings  # noqa: PLC0415
+
+    from latentfarm.doctor import examine  # noqa: PLC0415 - keeps --help fast
+    from latentfarm.farm import Farm  # noqa: PLC0415
+
+    found = list(examine(Farm(Settings.load(data))))
+    if as_json:
+        show([finding.model_dump() for finding in found], as_json=True)
+    else:
+        signs = {"ok": "ok  ", "warning": "warn", "bad": "BAD "}
+        for finding in found:
+            advice = f"\n      → {finding.advice}" if finding.advice else ""
+            typer.echo(f"{signs[finding.verdict]}  {finding.part}: {finding.message}{advice}")
+    if any(finding.verdict == "bad" for finding in found):
+        raise typer.Exit(1)
 
 
 def serve(
