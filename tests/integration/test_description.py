@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import suppress
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -11,9 +12,9 @@ import schemathesis
 from hypothesis import HealthCheck, given, settings
 from hypothesis.errors import Unsatisfiable
 from latentfarm.api import create_app
+from latentfarm.embedded.local import LocalFarm
 from latentfarm.farm import Farm
 from latentfarm.keys import SCOPES, ApiKeys
-from latentfarm_demo import CHECKPOINT
 from schemathesis import GenerationMode
 from schemathesis.checks import not_a_server_error
 from schemathesis.core.result import Ok
@@ -25,18 +26,17 @@ HURRIED = {"X-Farm-Wait": "0"}  # there is no worker to wait for
 
 
 @pytest.fixture
-def word(servers: Farm) -> Iterator[str]:
-    """A key that may do everything; the next test finds the farm as it was."""
-    yield ApiKeys(servers.ledger).create("ops", scopes=SCOPES)[1]
-    redis = servers.ledger.redis
-    redis.delete(*redis.keys("lf:api:*"), *redis.keys("lf:limit*"), "lf:drained")
+def farm(tmp_path: Path) -> Iterator[Farm]:
+    """A farm of its own, for what is sent here leaves traces everywhere."""
+    with LocalFarm(tmp_path, workers=0) as local:
+        yield local.farm
 
 
 @pytest.mark.timeout(600)
-def test_every_route_answers_as_it_is_described(servers: Farm, word: str) -> None:
-    servers.models.add(CHECKPOINT, "demo")
+def test_every_route_answers_as_it_is_described(farm: Farm) -> None:
+    _, word = ApiKeys(farm.ledger).create("ops", scopes=SCOPES)
     headers = HURRIED | {"host": "localhost", "authorization": f"Bearer {word}"}
-    schema = schemathesis.openapi.from_asgi("/openapi.json", create_app(servers), headers=headers)
+    schema = schemathesis.openapi.from_asgi("/openapi.json", create_app(farm), headers=headers)
     failures = []
     operations = [found.ok() for found in schema.get_all_operations() if isinstance(found, Ok)]
     for operation in operations:
