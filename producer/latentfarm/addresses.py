@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import ipaddress
 import socket
+import ssl
+import time
 from collections.abc import Iterable
 from typing import Any
 from urllib.parse import urlsplit
@@ -15,9 +17,9 @@ from latentfarm_shared.errors import InvalidField
 class PublicOnly(httpcore2.NetworkBackend):
     """Connects only to public addresses, unless private ones are allowed."""
 
-    def __init__(self, *, allow_private: bool) -> None:
-        """Connect to nothing yet."""
-        self._inner, self._allow_private = httpcore2.SyncBackend(), allow_private
+    def __init__(self, *, allow_private: bool, total_s: float | None = None) -> None:
+        """Connect to nothing yet; a connection may last for `total_s` seconds, however little at a time it brings."""
+        self._inner, self._allow_private, self._total_s = httpcore2.SyncBackend(), allow_private, total_s
 
     def connect_tcp(
         self,
@@ -37,9 +39,45 @@ class PublicOnly(httpcore2.NetworkBackend):
         if private and not self._allow_private:
             raise InvalidField(
                 "URL",
-                f"{host} is a private address ({private[0]}); set LATENTFARM_ALLOW_PRIVATE_URLS=true to allow that",
+                f"{host} is a private address; set LATENTFARM_ALLOW_PRIVATE_URLS=true to allow that",
             )
-        return self._inner.connect_tcp(addresses[0], port, timeout, local_address, socket_options)
+        stream = self._inner.connect_tcp(addresses[0], port, timeout, local_address, socket_options)
+        return stream if self._total_s is None else _Hurried(stream, time.monotonic() + self._total_s)
+
+
+class _Hurried(httpcore2.NetworkStream):
+    """A connection whose time is bounded as a whole."""
+
+    def __init__(self, inner: httpcore2.NetworkStream, until: float) -> None:
+        self._inner, self._until = inner, until
+
+    def _left(self, timeout: float | None) -> float:
+        left = self._until - time.monotonic()
+        if left <= 0:
+            raise httpcore2.ReadTimeout("the whole took too long")
+        return left if timeout is None else min(left, timeout)
+
+    def read(self, max_bytes: int, timeout: float | None = None) -> bytes:
+        """Read within the time that is left."""
+        return self._inner.read(max_bytes, self._left(timeout))
+
+    def write(self, buffer: bytes, timeout: float | None = None) -> None:
+        """Write within the time that is left."""
+        self._inner.write(buffer, self._left(timeout))
+
+    def close(self) -> None:
+        """Close it."""
+        self._inner.close()
+
+    def start_tls(
+        self, ssl_context: ssl.SSLContext, server_hostname: str | None = None, timeout: float | None = None
+    ) -> httpcore2.NetworkStream:
+        """Speak TLS from now on, within the same time."""
+        return _Hurried(self._inner.start_tls(ssl_context, server_hostname, self._left(timeout)), self._until)
+
+    def get_extra_info(self, info: str) -> Any:
+        """Return what is known of the connection."""
+        return self._inner.get_extra_info(info)
 
 
 def is_public(address: str) -> bool:
@@ -75,6 +113,8 @@ def origin(url: str) -> tuple[str, str, int]:
     Raises:
         InvalidField: it is no http address.
     """
+    if not url.isascii():
+        raise InvalidField("URL", "should be written in ASCII: a name as xn--…, other characters as %XX")
     try:
         parts = urlsplit(url)
         port = parts.port

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import re
 import secrets
 import time
 from collections.abc import Mapping, Sequence
@@ -11,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from latentfarm_shared.embeddings.sandbox import Sandbox
-from latentfarm_shared.errors import InvalidField, RenderError, Unavailable, UnknownName, UsageError
+from latentfarm_shared.errors import AlreadyTaken, InvalidField, RenderError, Unavailable, UnknownName, UsageError
 from latentfarm_shared.explicit import plain_name
 from latentfarm_shared.intake import Intake
 from latentfarm_shared.ledger import Ledger, WorkerStatus
@@ -37,6 +38,7 @@ from latentfarm.waiting import Cause, causes
 from latentfarm.words import nearest_words
 
 MAX_RANDOM_SEED = 2**32 - 2
+_JOB_ID = re.compile(r"[\w-]{1,64}")
 
 
 class Farm:
@@ -335,12 +337,24 @@ class Farm:
         job.status()
         return job
 
+    def refuse_taken(self, job_id: str) -> None:
+        """Make sure that no job of somebody else has an id.
+
+        Raises:
+            AlreadyTaken: one has.
+        """
+        with suppress(UnknownName):
+            if self.ledger.status(job_id).owner != self.owner:
+                raise AlreadyTaken("job", job_id, "is somebody else's; choose another id")
+
     def own_job(self, job_id: str, *, anybodys: bool = False) -> Job:
         """Return a job by its whole id, if it is this owner's or may be `anybodys`.
 
         Raises:
             UnknownName: there is none, as far as this owner is to know.
         """
+        if not _JOB_ID.fullmatch(job_id):
+            raise UnknownName("job", job_id)
         if self.ledger.status(job_id).owner != self.owner and not anybodys:
             raise UnknownName("job", job_id)
         return self._job(job_id)

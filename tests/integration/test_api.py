@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import secrets
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -372,3 +373,56 @@ def test_logs_hold_no_secrets(
     assert "request" in written
     assert word not in written
     assert secret not in written
+
+
+def test_webhook_for_somebody_elses_job_is_refused(farm: Farm, keyed: TestClient) -> None:
+    keys = ApiKeys(farm.ledger)
+    alice, bob = (bearer(keys.create(owner)[1]) for owner in ("alice", "bob"))
+    job = keyed.post("/api/v1/jobs", json={"prompt": "a girl"}, headers=alice).json()["id"]
+    body = {"prompt": "b", "id": job, "webhook": {"url": "https://example.com"}}
+
+    assert keyed.post("/api/v1/jobs", json=body, headers=bob).status_code == 409
+    assert farm.ledger.redis.exists(f"lf:hooks:job:{job}") == 0
+
+
+def test_key_is_asked_for_before_the_body_is_read(keyed: TestClient) -> None:
+    answer = keyed.post("/v1/files", files={"file": ("x", b"x" * 100_000)}, data={"purpose": "nonsense"})
+
+    assert answer.status_code == 401
+
+
+@pytest.mark.parametrize("header", [{"host": "["}, {"origin": "http://["}])
+def test_header_that_is_nonsense_is_refused(client: TestClient, header: dict[str, str]) -> None:
+    assert client.post("/api/v1/jobs", json={"prompt": "a"}, headers=header).status_code == 403
+
+
+def test_batch_with_nonsense_in_a_line_ends_and_stops_no_other(client: TestClient) -> None:
+    def begin(body: object) -> str:
+        line = {"custom_id": "a", "method": "POST", "url": "/v1/images/generations", "body": body}
+        sent = client.post(
+            "/v1/files", files={"file": ("x.jsonl", json.dumps(line).encode())}, data={"purpose": "batch"}
+        )
+        asked = {"input_file_id": sent.json()["id"], "endpoint": "/v1/images/generations"}
+        return str(client.post("/v1/batches", json=asked).json()["id"])
+
+    batches = [begin({"prompt": "a", "model": ["x"]}), begin({"prompt": {"a": [1]}, "size": {"b": 2}, "n": "x"})]
+    until = time.monotonic() + 20
+    for batch in batches:
+        while (found := client.get(f"/v1/batches/{batch}").json())["status"] != "completed":
+            assert time.monotonic() < until, found
+            time.sleep(0.1)
+        assert found["request_counts"] == {"total": 1, "completed": 0, "failed": 1}
+
+
+def test_too_many_pictures_for_one_answer_are_refused(client: TestClient) -> None:
+    body = {"prompt": "a", "n_iter": 1000, "batch_size": 100, "width": 128, "height": 128}
+    answer = client.post("/sdapi/v1/txt2img", json=body)
+
+    assert (answer.status_code, answer.json()["field"]) == (422, "n_iter")
+
+
+def test_job_id_is_no_way_to_other_keys(client: TestClient) -> None:
+    job = client.post("/api/v1/jobs", json={"prompt": "a girl"}).json()["id"]
+
+    assert client.get(f"/api/v1/jobs/{job}:states").status_code == 422
+    assert client.get(f"/agent-scheduler/v1/task/{job}:states").json()["success"] is False

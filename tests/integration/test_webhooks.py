@@ -255,3 +255,63 @@ def test_end_of_a_batch_is_told(farm: Farm, receiver: Receiver, forward: Callabl
         body, headers
     )
     assert unwrapped.type == "batch.failed"
+
+
+def test_nobody_hears_of_anothers_job(farm: Farm, receiver: Receiver, forward: Callable[[], None]) -> None:
+    """Though they guess its id, and though a note of theirs was left beside it."""
+    mallory = farm.seen_by("mallory")
+    job = farm.generate("a girl")
+    Hooks(mallory).create("mallory", HookRequest(url=receiver.url), job.id)
+    job.cancel()
+    forward()
+
+    assert receiver.got == []
+
+
+def test_what_happens_at_once_is_told_and_what_happened_long_ago_is_not(
+    farm: Farm, receiver: Receiver, forward: Callable[[], None]
+) -> None:
+    farm.generate("long ago").cancel()
+    hook = Hooks(farm).create(farm.owner, HookRequest(url=receiver.url))
+    job = farm.generate("at once")
+    job.cancel()
+    forward()
+    Hooks(farm).delete(hook)
+    farm.generate("while nobody listened").cancel()
+    Hooks(farm).create(farm.owner, HookRequest(url=receiver.url))
+    forward()
+
+    assert [event["data"]["id"] for event in receiver.events] == [job.id]
+
+
+def test_job_that_is_retried_is_told_of_again(farm: Farm, receiver: Receiver, forward: Callable[[], None]) -> None:
+    Hooks(farm).create(farm.owner, HookRequest(url=receiver.url, events=("job.completed",)))
+    job = farm.generate("a girl")
+    job.cancel()
+    forward()
+    job.retry(missing=True)
+    forward()
+    job.cancel()
+    forward()
+
+    assert [event["data"]["id"] for event in receiver.events] == [job.id, job.id]
+
+
+def test_deleted_address_is_told_nothing_that_waits(
+    farm: Farm, receiver: Receiver, forward: Callable[[], None]
+) -> None:
+    hook = Hooks(farm).create(farm.owner, HookRequest(url=receiver.url))
+    receiver.answers = [500]
+    farm.generate("a girl").cancel()
+    forward()
+    Hooks(farm).delete(hook)
+    make_due(farm)
+    forward()
+
+    assert len(receiver.got) == 1
+    assert farm.ledger.redis.zcard("lf:hook:outbox") == 0
+
+
+def test_address_that_cannot_be_written_is_refused(farm: Farm) -> None:
+    with pytest.raises(InvalidField, match="ASCII"):
+        Hooks(farm).create(farm.owner, HookRequest(url="https://exämple.com/hook"))

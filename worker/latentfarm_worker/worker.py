@@ -241,15 +241,18 @@ class Worker:
         """Show what a render sees now; the first time, what that takes is fitted to its checkpoint."""
         if claim.spec.pack is not None:
             return
-        with self._guard:
-            if model.name not in self._fitted:
-                fitting = self._backend.fitting()
-                self._fitted[model.name] = None if fitting is None else self._engine.submit(fitting, model, urgent=True)
-            fitted = self._fitted[model.name]
-        if fitted is not None and fitted.done() and fitted.exception() is None:
-            seen = self._backend.preview(progress, fitted.result())
+        checkpoint = claim.lock.checkpoint.hash
+        try:
+            with self._guard:
+                if checkpoint not in self._fitted:
+                    fit = self._backend.fitting()
+                    self._fitted[checkpoint] = None if fit is None else self._engine.submit(fit, model, urgent=True)
+                fitted = self._fitted[checkpoint]
+            seen = self._backend.preview(progress, fitted.result()) if fitted is not None and fitted.done() else None
             if seen is not None:
                 self._ledger.show(claim, seen)
+        except Exception as error:  # noqa: BLE001 - a picture is not to fail for its preview
+            log.warning("no preview", job=claim.job, index=claim.index, error=repr(error))
 
     def _publish(self, claim: Claim, image: ImageSpec, rendered: Rendered) -> None:
         """Write the picture where (job, index) decides, then tell the ledger; hand it back if nobody listens."""

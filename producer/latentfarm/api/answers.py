@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import zlib
 from typing import Any, Literal
 
 from fastapi.responses import Response
@@ -39,7 +40,7 @@ class JobAnswer(JobStatus):
     @property
     def etag(self) -> str:
         """What changes with it."""
-        return f'W/"{self.id}-{self.version}"'
+        return f'W/"{zlib.crc32(self.model_dump_json().encode()):08x}-{self.version}"'
 
 
 class JobPage(BaseModel):

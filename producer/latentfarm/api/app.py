@@ -6,7 +6,7 @@ import asyncio
 import contextlib
 import json
 import traceback
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
 from pathlib import Path
 from typing import Any
 
@@ -81,7 +81,7 @@ def create_app(farm: Farm) -> FastAPI:
             CORSMiddleware, allow_origins=list(origins), allow_methods=["*"], allow_headers=["*"], max_age=600
         )
     inner, is_open = app.build_middleware_stack, not keys.are_needed()
-    app.build_middleware_stack = lambda: Guard(inner(), origins, is_open=is_open)  # type: ignore[method-assign]
+    app.build_middleware_stack = lambda: Guard(inner(), origins, _admission(app), is_open=is_open)  # type: ignore[method-assign]
     app.add_exception_handler(FarmError, _on_error)
     app.add_exception_handler(RequestValidationError, _on_bad_request)
     app.add_exception_handler(HTTPException, _on_http)
@@ -131,6 +131,19 @@ def _add_health(app: FastAPI, farm: Farm) -> None:
         farm.ledger.check()
         farm.store.check()
         return answer(Healthy(version=__version__))
+
+
+def _admission(app: FastAPI) -> Callable[[Request], Awaitable[Response | None]]:
+    """Return what lets callers in, before what they send is read, or answers them."""
+
+    async def admit(request: Request) -> Response | None:
+        try:
+            request.state.caller = await app.state.callers.find(request)
+        except FarmError as error:
+            return _told(request, problem_of(error))
+        return None
+
+    return admit
 
 
 def _told(request: Request, problem: Problem, headers: dict[str, str] | None = None) -> Response:

@@ -106,7 +106,7 @@ def needs(scope: Scope) -> Callable[[Request], Awaitable[Caller]]:
     """Return a dependency that lets callers in who have a scope."""
 
     async def caller(request: Request) -> Caller:
-        found: Caller = await request.app.state.callers.find(request)
+        found: Caller = request.state.caller  # the guard knows
         if not found.allows(scope):
             raise NotAllowed(f"this API key may not do that; it needs the scope {scope!r}")
         return found

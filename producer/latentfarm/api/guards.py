@@ -7,11 +7,13 @@ import json
 import re
 import secrets
 import time
-from collections.abc import Collection
+from collections.abc import Awaitable, Callable, Collection
+from contextlib import suppress
 from urllib.parse import urlsplit
 
 from latentfarm_shared.logs import log
 from starlette.datastructures import Headers, MutableHeaders
+from starlette.requests import Request
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from latentfarm.api.problems import MEDIA, Problem
@@ -25,6 +27,31 @@ HEADERS = {
     "cross-origin-resource-policy": "same-origin",
 }
 QUIET = ("/healthz", "/readyz")
+KEYED = ("/api/", "/sdapi/", "/internal/", "/agent-scheduler/", "/v1/")
+
+
+class _Answer:
+    """Sends an answer with a request's id and security headers, and remembers its status."""
+
+    def __init__(self, send: Send, request_id: str, *, is_shared: bool) -> None:
+        self._send, self.request_id, self.status = send, request_id, 0
+        self._headers = HEADERS | ({"cross-origin-resource-policy": "cross-origin"} if is_shared else {})
+        self._too_large = b""
+
+    async def __call__(self, message: Message) -> None:
+        """Send a part of it."""
+        if message["type"] == "http.response.start":
+            self.status = message["status"]
+            out = MutableHeaders(scope=message)
+            if self.status == 413 and out.get("content-type", "").startswith("text/plain"):
+                self._too_large = _too_large(self.request_id)  # which the framework says in its own words
+                out["content-type"], out["content-length"] = MEDIA, str(len(self._too_large))
+            out["x-request-id"] = self.request_id
+            for name, value in self._headers.items():
+                out.setdefault(name, value)
+        elif self._too_large:
+            message = {"type": "http.response.body", "body": self._too_large}
+        await self._send(message)
 
 
 class Guard:
@@ -34,9 +61,19 @@ class Guard:
     `Host` where this server is reached under names it does not have.
     """
 
-    def __init__(self, app: ASGIApp, origins: Collection[str], *, is_open: bool) -> None:
-        """Stand before an app; `is_open` says that it needs no key, so names other than this machine's are refused."""
-        self._app, self._origins, self._is_open = app, frozenset(origins), is_open
+    def __init__(
+        self,
+        app: ASGIApp,
+        origins: Collection[str],
+        admit: Callable[[Request], Awaitable[ASGIApp | None]],
+        *,
+        is_open: bool,
+    ) -> None:
+        """Stand before an app; `is_open` says that it needs no key, so names other than this machine's are refused.
+
+        `admit` answers those whose key is not good, before anything of what they send is read.
+        """
+        self._app, self._origins, self._is_open, self._let_in = app, frozenset(origins), is_open, admit
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Pass a request on."""
@@ -47,31 +84,31 @@ class Guard:
         given = headers.get("x-request-id", "")
         request_id = given if _ID.fullmatch(given) else secrets.token_hex(8)
         scope.setdefault("state", {})["request_id"] = request_id
-        began, status, too_large = time.perf_counter(), 0, False
+        began, answer = time.perf_counter(), _Answer(send, request_id, is_shared=scope["path"].startswith("/images/"))
+        try:
+            await self._pass_on(scope, receive, answer, self._refusal(scope, headers))
+        except Exception as error:
+            if not answer.status:  # otherwise it was told, and what it says is not for logs
+                raise
+            log.error("request broke", error=type(error).__name__, id=request_id)
+        finally:
+            if scope["path"] not in QUIET:
+                ms = round((time.perf_counter() - began) * 1000, 1)
+                path = _template(scope)
+                log.info("request", method=scope["method"], path=path, status=answer.status, ms=ms, id=request_id)
 
-        async def answer(message: Message) -> None:
-            nonlocal status, too_large
-            if message["type"] == "http.response.start":
-                status = message["status"]
-                out = MutableHeaders(scope=message)
-                if status == 413 and out.get("content-type", "").startswith("text/plain"):
-                    too_large = True  # which the framework says in its own words
-                    out["content-type"], out["content-length"] = MEDIA, str(len(_too_large(request_id)))
-                out["x-request-id"] = request_id
-                for name, value in HEADERS.items():
-                    out.setdefault(name, value)
-            elif too_large:
-                message = {"type": "http.response.body", "body": _too_large(request_id)}
-            await send(message)
-
-        refusal = self._refusal(scope, headers)
+    async def _pass_on(self, scope: Scope, receive: Receive, answer: _Answer, refusal: str | None) -> None:
         if refusal is not None:
-            await _refuse(answer, refusal, request_id)
+            await _refuse(answer, refusal, answer.request_id)
+        elif (denied := await self._admit(scope)) is not None:
+            await denied(scope, receive, answer)
         else:
             await self._app(scope, receive, answer)
-        if scope["path"] not in QUIET:
-            took = round((time.perf_counter() - began) * 1000, 1)
-            log.info("request", method=scope["method"], path=_template(scope), status=status, ms=took, id=request_id)
+
+    async def _admit(self, scope: Scope) -> ASGIApp | None:
+        if scope["method"] == "OPTIONS" or not scope["path"].startswith(KEYED):
+            return None
+        return await self._let_in(Request(scope))
 
     def _refusal(self, scope: Scope, headers: Headers) -> str | None:
         host = headers.get("host", "")
@@ -80,17 +117,16 @@ class Guard:
         origin = headers.get("origin")
         if origin is None or scope["method"] in SAFE or origin in self._origins:
             return None
-        if urlsplit(origin).netloc == host and host:
-            return None
+        with suppress(ValueError):
+            if urlsplit(origin).netloc == host and host:
+                return None
         return f"pages of {origin[:100]!r} may not call this farm; LATENTFARM_API_ORIGINS lists those that may"
 
 
 def _is_here(host: str) -> bool:
-    name = urlsplit(f"//{host}").hostname or ""
-    if name == "localhost":
-        return True
     try:
-        return ipaddress.ip_address(name).is_loopback
+        name = urlsplit(f"//{host}").hostname or ""
+        return name == "localhost" or ipaddress.ip_address(name).is_loopback
     except ValueError:
         return False
 
@@ -99,9 +135,12 @@ def _template(scope: Scope) -> str:
     """Return the path with names in place of what they stand for, so that ids and names of embeddings stay out of logs."""
     if scope.get("route") is None:
         return "(none)"
-    path: str = scope["path"]
-    for name, value in scope.get("path_params", {}).items():
-        path = path.replace(f"/{value}", f"/{{{name}}}", 1)
+    names = {str(value): name for name, value in scope.get("path_params", {}).items()}
+    parts: list[str] = [f"{{{names[part]}}}" if part in names else part for part in scope["path"].split("/")]
+    path = "/".join(parts)
+    for value, name in names.items():
+        if "/" in value:  # a parameter that takes the rest of the path
+            path = path.replace(value, f"{{{name}}}")
     return path
 
 

@@ -11,7 +11,7 @@ from typing import Any
 
 from fastapi import Request
 from fastapi.responses import Response
-from latentfarm_shared.errors import UnknownName
+from latentfarm_shared.errors import FarmError, UnknownName
 from latentfarm_shared.ledger import JobStatus
 from latentfarm_shared.ledger.ledger import translated
 from pydantic import BaseModel
@@ -59,40 +59,48 @@ class Repeats:
 
     @asynccontextmanager
     async def held(
-        self, caller: Caller, digest: str, submit: Callable[[], Job], *, is_retry: bool = False
+        self, caller: Caller, digest: str, submit: Callable[[str], Job], *, is_retry: bool = False
     ) -> AsyncIterator[Job]:
-        """Yield the job of a request: the one that was left unanswered before, or a new one.
+        """Yield the job of a request: the one that was left unanswered before, or a new one of an id chosen here.
 
-        Leaving without an error says that it was answered. `is_retry` says that the client knows it asks again.
+        It is remembered before it is submitted, and forgotten once it is over and somebody was told, of an error too.
+        `is_retry` says that the client knows it asks again.
         """
         key, holder = f"lf:api:asked:{caller.id}:{digest}", secrets.token_hex(8)
         self._waiting.add(holder)
+        job = None
         try:
-            yield await run_in_threadpool(self._take, key, holder, submit, is_retry)
-            await run_in_threadpool(self._drop, key, holder)
+            job = await run_in_threadpool(self._take, caller, key, holder, submit, is_retry)
+            yield job
+            await run_in_threadpool(self._drop, key, holder, job)
+        except FarmError:
+            await run_in_threadpool(self._drop, key, holder, job)
+            raise
         finally:
             self._waiting.discard(holder)
 
-    def _take(self, key: str, holder: str, submit: Callable[[], Job], is_retry: bool) -> Job:
-        redis = self.farm.ledger.redis
+    def _take(self, caller: Caller, key: str, holder: str, submit: Callable[[str], Job], is_retry: bool) -> Job:
+        redis, job_id = self.farm.ledger.redis, secrets.token_hex(8)
         with translated():
-            found = redis.get(key)
-        if found is not None:
-            job_id, _, before = found.decode().partition(":")
-            if is_retry or before not in self._waiting:
-                with translated():
-                    redis.set(key, f"{job_id}:{holder}", ex=KEPT_S)
-                with suppress(UnknownName):  # it was deleted since
-                    return self.farm.own_job(job_id, anybodys=True)
-        job = submit()
+            found = None if redis.set(key, f"{job_id}:{holder}", ex=KEPT_S, nx=True) else redis.get(key)
+        if found is None:
+            return submit(job_id)
+        known, _, before = found.decode().partition(":")
+        if not is_retry and before in self._waiting:
+            return submit(job_id)  # somebody asks for the same twice, and waits for both
         with translated():
-            redis.set(key, f"{job.id}:{holder}", ex=KEPT_S)
-        return job
+            redis.set(key, f"{known}:{holder}", ex=KEPT_S)
+        with suppress(UnknownName):
+            return caller.farm.own_job(known)
+        return submit(known)  # whoever asked before died on the way
 
-    def _drop(self, key: str, holder: str) -> None:
+    def _drop(self, key: str, holder: str, job: Job | None) -> None:
         with translated():
             found = self.farm.ledger.redis.get(key)
-            if found is not None and found.decode().endswith(f":{holder}"):
+        if found is None or not found.decode().endswith(f":{holder}"):
+            return
+        if job is None or job.status().is_final:
+            with translated():
                 self.farm.ledger.redis.delete(key)
 
 

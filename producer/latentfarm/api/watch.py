@@ -7,7 +7,7 @@ import contextlib
 from collections.abc import AsyncIterator, Iterator
 from contextlib import contextmanager
 
-from latentfarm_shared.errors import FarmError, Unavailable
+from latentfarm_shared.errors import FarmError, Unavailable, UnknownName
 from latentfarm_shared.ledger import JobEvent, JobStatus, Ledger
 from latentfarm_shared.logs import log
 from starlette.concurrency import run_in_threadpool
@@ -22,7 +22,7 @@ class Tail:
     def __init__(self, job: str, status: JobStatus) -> None:
         """Begin at a status."""
         self.job, self.status = job, status
-        self.watchers = 0
+        self.watchers, self.is_gone = 0, False
         self.events: list[JobEvent] = []
         self.begun = status.version
         self._turn = asyncio.Event()
@@ -59,8 +59,8 @@ class Watch:
             if self._tails:
                 try:
                     await self._look()
-                except Unavailable as error:
-                    log.warning("jobs are not watched for a moment", error=str(error))
+                except Exception as error:  # noqa: BLE001 - whatever it is, others wait for their jobs
+                    log.warning("jobs are not watched for a moment", error=type(error).__name__)
                     await asyncio.sleep(1)
 
     async def _look(self) -> None:
@@ -68,7 +68,7 @@ class Watch:
         versions = await run_in_threadpool(self._ledger.versions, jobs)
         for job, version in zip(jobs, versions, strict=True):
             tail = self._tails.get(job)
-            if tail is not None and version != tail.status.version:
+            if tail is not None and not tail.is_gone and version != tail.status.version:
                 await self._catch_up(tail)
 
     async def _catch_up(self, tail: Tail) -> None:
@@ -78,6 +78,7 @@ class Watch:
         except Unavailable:
             raise
         except FarmError:  # it was deleted
+            tail.is_gone = True
             tail.move(None, [])
             return
         tail.move(status, [event for event in events if event.version <= status.version])
@@ -116,8 +117,11 @@ class Watch:
         until = loop.time() + timeout_s
         tail = await self.tail(job)
         with self.followed(tail):
-            while not tail.status.is_final and (left := until - loop.time()) > 0:
+            tail = self._tails[job]
+            while not tail.status.is_final and not tail.is_gone and (left := until - loop.time()) > 0:
                 await tail.moved(left)
+        if tail.is_gone:
+            raise UnknownName("job", job)
         return tail.status
 
     async def events(self, job: str, after: int, idle_s: float) -> AsyncIterator[list[JobEvent] | JobStatus | None]:
@@ -141,7 +145,7 @@ class Watch:
                 if new or not told:
                     told = True
                     yield status
-                if status.is_final and after >= status.version:
+                if tail.is_gone or (status.is_final and after >= status.version):
                     return
                 if tail.status is status:
                     await tail.moved(idle_s)

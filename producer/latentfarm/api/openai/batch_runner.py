@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import secrets
 import tempfile
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -56,8 +57,17 @@ class BatchRunner:
                     self._forward(self._batches.get(batch_id))
                 except Unavailable as error:
                     log.warning("a batch waits", batch=batch_id, error=str(error))
+                except Exception as error:  # noqa: BLE001 - one batch must not stop the others
+                    log.error("a batch is broken", batch=batch_id, error=type(error).__name__)
+                    self._give_up(batch_id)
                 finally:
                     self._farm.ledger.end_turn(_turn(batch_id), 0.2)
+
+    def _give_up(self, batch_id: str) -> None:
+        """End a batch that cannot be run; the log tells where."""
+        with suppress(UnknownName):
+            message = "something in it broke the farm; its log tells what"
+            self._fail(self._batches.get(batch_id), [LineError(code="internal_error", line=None, message=message)])
 
     def _forward(self, record: Record) -> None:
         farm = self._farm.seen_by(record.owner)
@@ -136,6 +146,8 @@ class BatchRunner:
     def _look(self, record: Record, farm: Farm) -> None:
         """Count what is done; go on when all jobs are over."""
         batch = record.batch
+        if batch.status == "cancelling":  # whoever asked for it may have died before the jobs heard
+            self._cancel(record, farm)
         statuses = [farm.ledger.status(job) for job in record.jobs]
         done = sum(status.counts["succeeded"] for status in statuses)
         total = sum(status.total for status in statuses)
@@ -148,11 +160,24 @@ class BatchRunner:
                 counts = batch.request_counts.model_copy(update={"completed": completed})
                 self._batches.put(record.changed(request_counts=counts), instead_of=batch.status)
 
+    def _cancel(self, record: Record, farm: Farm) -> None:
+        """Cancel a batch's jobs, also those it never heard of; without any it is over."""
+        jobs = list(record.jobs)
+        if not jobs and farm.store.exists(_kept(record.batch.id, "jobs.json")):
+            kept = json.loads(farm.store.get(_kept(record.batch.id, "jobs.json")))
+            keys = [f"{record.batch.id}:{number}" for number in range(len(kept["specs"]))]
+            jobs = [job for job in (farm.ledger.submitted(record.owner, key) for key in keys) if job is not None]
+        for job in jobs:
+            farm.ledger.cancel(job)
+
     # ---- the files written
 
     def _finish(self, record: Record, farm: Farm) -> None:
         """Write both files and end the batch. An output file is written though no request succeeded."""
         batch = record.batch
+        if not record.jobs and batch.cancelling_at:  # it never began
+            self._batches.put(record.changed(status="cancelled", cancelled_at=now()), instead_of="finalizing")
+            return
         lines = [Line.model_validate_json(text) for text in _lines(farm, batch.id, "lines.jsonl")]
         refused = [Refused(**json.loads(text)) for text in _lines(farm, batch.id, "refused.jsonl")]
         jobs = [farm.own_job(job) for job in record.jobs]
@@ -171,8 +196,13 @@ class BatchRunner:
                     (output if status == 200 else errors).write(_answer_line(batch.id, line.custom_id, status, body))
                     completed, failed = completed + (status == 200), failed + (status != 200)
             files = Files(farm)
-            written = files.put(good, f"{batch.id}_output.jsonl", "batch_output").id
-            refused_id = files.put(bad, f"{batch.id}_error.jsonl", "batch_output").id if failed else None
+            named = batch.id.removeprefix("batch_")
+            written = files.put(good, f"{batch.id}_output.jsonl", "batch_output", file_id=f"file-{named}o").id
+            refused_id = (
+                files.put(bad, f"{batch.id}_error.jsonl", "batch_output", file_id=f"file-{named}e").id
+                if failed
+                else None
+            )
         end: Status = "cancelled" if batch.cancelling_at else "expired" if expired else "completed"
         counts = RequestCounts(total=completed + failed, completed=completed, failed=failed)
         changed = record.changed(
@@ -182,7 +212,7 @@ class BatchRunner:
             request_counts=counts,
             **{f"{end}_at": now()},
         )
-        self._batches.put(changed)
+        self._batches.put(changed, instead_of="finalizing")
 
     def _answer(self, record: Record, farm: Farm, job: Job, line: Line) -> tuple[int, dict[str, Any]]:
         """Return what a single request would have been answered."""

@@ -60,7 +60,7 @@ def list_batches(
     limit: Annotated[int, Query(ge=1, le=100)] = 20,
 ) -> dict[str, Any]:
     """List your batches, the newest first."""
-    return page_of(list(Batches(caller.farm).ls(caller.owner)), after, limit)
+    return page_of(list(Batches(caller.farm).ls(caller.owner)), after, limit, "batch")
 
 
 @router.get("/{batch_id}", response_model=Batch, responses=documented(404))
@@ -77,10 +77,7 @@ def cancel(caller: Submitter, batch_id: BatchId) -> Batch:
     before, at = record.batch.status, now()
     if before not in ("validating", "in_progress"):
         return record.batch
-    if before == "validating":
-        record = record.changed(status="cancelled", cancelling_at=at, cancelled_at=at)
-    else:
-        record = record.changed(status="cancelling", cancelling_at=at)
+    record = record.changed(status="cancelling", cancelling_at=at)
     if not batches.put(record, instead_of=before):  # it has just gone on
         return cancel(caller, batch_id)
     for job in record.jobs:

@@ -55,11 +55,13 @@ class Files:
     def _place(self, file_id: str) -> str:
         return f"files/{file_id}"
 
-    def put(self, path: Path, name: str, purpose: str, expires_in: int | None = None) -> FileObject:
-        """Keep a file's content, then note that it is there."""
+    def put(
+        self, path: Path, name: str, purpose: str, expires_in: int | None = None, file_id: str | None = None
+    ) -> FileObject:
+        """Keep a file's content, then note that it is there; the same id again replaces it."""
         now = int(time.time())
         found = FileObject(
-            id=f"file-{secrets.token_hex(12)}",
+            id=file_id or f"file-{secrets.token_hex(12)}",
             bytes=path.stat().st_size,
             created_at=now,
             expires_at=None if expires_in is None else now + expires_in,
@@ -79,9 +81,10 @@ class Files:
         """
         with translated():
             text = self._redis.hget(self._index, file_id)
-        if text is None:
+        found = None if text is None else FileObject.model_validate_json(text)
+        if found is None or (found.expires_at is not None and found.expires_at < time.time()):
             raise UnknownName("file", file_id)
-        return FileObject.model_validate_json(text)
+        return found
 
     def ls(self) -> list[FileObject]:
         """Return all, the newest first; those whose time is over are deleted on the way."""
@@ -150,7 +153,7 @@ def list_files(
     return page_of(found if order == "desc" else found[::-1], after, limit)
 
 
-def page_of(found: list[Any], after: str | None, limit: int) -> dict[str, Any]:
+def page_of(found: list[Any], after: str | None, limit: int, kind: str = "file") -> dict[str, Any]:
     """Return OpenAI's page of objects behind the one called `after`.
 
     Raises:
@@ -158,7 +161,7 @@ def page_of(found: list[Any], after: str | None, limit: int) -> dict[str, Any]:
     """
     ids = [item.id for item in found]
     if after is not None and after not in ids:
-        raise UnknownName("file", after)
+        raise UnknownName(kind, after)
     start = 0 if after is None else ids.index(after) + 1
     page = found[start : start + limit]
     return {

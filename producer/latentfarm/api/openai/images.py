@@ -19,8 +19,9 @@ from latentfarm_shared.ledger import Ledger
 from latentfarm_shared.records import CheckpointRecord
 from PIL import Image
 from starlette.concurrency import run_in_threadpool
+from starlette.types import Receive, Scope, Send
 
-from latentfarm.api.callers import Caller, Reader, Submitter
+from latentfarm.api.callers import Reader, Submitter
 from latentfarm.api.links import Links
 from latentfarm.api.openai.requests import Wanted, wanted
 from latentfarm.api.problems import addressed, documented, openai_style, problem_of
@@ -90,13 +91,16 @@ async def generate(
     asked = await run_in_threadpool(wanted, body, caller.farm)
     repeats: Repeats = request.app.state.repeats
     held = repeats.held(
-        caller, digest_of(body), lambda: _submit(request, caller, asked), is_retry=retries not in (None, "0")
+        caller,
+        f"openai:{digest_of(body)}",
+        lambda job_id: submit(request.app.state.callers, caller, asked.spec, job_id=job_id),
+        is_retry=retries not in (None, "0"),
     )
     base = str(request.base_url).rstrip("/")
     if asked.stream:
-        job = await held.__aenter__()  # left when the stream ends
+        job = await held.__aenter__()  # left by the answer, whether the stream begins or not
         order = Order(job, asked, base, request.app.state.links, caller.farm.ledger)
-        return StreamingResponse(_streamed(request, held, job, order, limit), media_type="text/event-stream")
+        return _HeldStream(held, _streamed(request, job, order, limit))
     try:
         async with held as job:
             status = await waited(request, request.app.state.watch, job.id, limit)
@@ -112,8 +116,21 @@ async def generate(
     return JSONResponse(answer, headers={"x-farm-job-id": job.id})
 
 
-def _submit(request: Request, caller: Caller, asked: Wanted) -> Job:
-    return submit(request.app.state.callers, caller, asked.spec)
+class _HeldStream(StreamingResponse):
+    """A stream that holds its request until it was sent, or the client is gone."""
+
+    def __init__(self, held: AbstractAsyncContextManager[Job], content: AsyncIterator[bytes]) -> None:
+        super().__init__(content, media_type="text/event-stream")
+        self._held = held
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Send it."""
+        try:
+            await super().__call__(scope, receive, send)
+        except BaseException as error:
+            await self._held.__aexit__(type(error), error, error.__traceback__)
+            raise
+        await self._held.__aexit__(None, None, None)
 
 
 def answer_of(order: Order, link_s: int | None = None) -> dict[str, Any]:
@@ -142,6 +159,11 @@ def answer_of(order: Order, link_s: int | None = None) -> dict[str, Any]:
     }
 
 
+def _require_all(drawn: Drawn) -> None:
+    for image in drawn.images:
+        _require(image)
+
+
 def _require(image: FarmImage) -> None:
     if image.state == "failed":
         raise RenderError((image.error or {}).get("message", "an image failed"))
@@ -167,9 +189,7 @@ def _converted(png: bytes, asked: Wanted) -> bytes:
     return out.getvalue()
 
 
-async def _streamed(
-    request: Request, held: AbstractAsyncContextManager[Job], job: Job, order: Order, limit: float
-) -> AsyncIterator[bytes]:
+async def _streamed(request: Request, job: Job, order: Order, limit: float) -> AsyncIterator[bytes]:
     """Yield each picture as it is done; what goes wrong is told in the stream, for it has begun."""
     told, until, partials = set[int](), time.monotonic() + limit, _Partials()
     try:
@@ -186,17 +206,11 @@ async def _streamed(
             for partial in await run_in_threadpool(partials.news, order):
                 yield partial
             await waited_for_news(request, job.id, status.version)
-        for image in job.images:
-            _require(image)
-        await held.__aexit__(None, None, None)
+        await run_in_threadpool(_require_all, job)
     except FarmError as error:
         problem = problem_of(error)
         story = {"type": "error"} | openai_style(problem, problem.model_dump(exclude_none=True))
         yield f"event: error\ndata: {json.dumps(story)}\n\n".encode()
-        await held.__aexit__(None, None, None)
-    except BaseException as error:
-        await held.__aexit__(type(error), error, error.__traceback__)
-        raise
 
 
 async def waited_for_news(request: Request, job: str, version: int) -> None:

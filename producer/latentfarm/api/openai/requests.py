@@ -149,8 +149,10 @@ def _checkpoint(model: Any, farm: Farm) -> tuple[CheckpointRecord, tuple[str, ..
     default = next(iter(known.values()))
     if model in (None, ""):
         return default, ()
+    if not isinstance(model, str):
+        raise InvalidField("model", f"should be a text, got {short(model)}")
     if model in known:
         return known[model], ()
-    if isinstance(model, str) and model.startswith(ALIASES):
+    if model.startswith(ALIASES):
         return default, (f"there is no {model} here; drawn with {default.name}",)
     raise UnknownName.among("model", str(model), known)

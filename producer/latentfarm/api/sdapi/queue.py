@@ -17,6 +17,7 @@ from latentfarm_shared.ledger import JobStatus
 
 from latentfarm.api.callers import Caller, Reader, Submitter
 from latentfarm.api.problems import documented
+from latentfarm.api.sdapi.requests import MOST
 from latentfarm.api.sdapi.tasks import Tasks
 from latentfarm.api.sdapi.txt2img import submit_task
 from latentfarm.jobs import Job
@@ -135,6 +136,8 @@ def results(caller: Reader, task: Task, *, zip: Annotated[bool, Query()] = False
         job = _own(caller, task)
     except UnknownName as error:
         return _failed(error)
+    if job.spec.total > MOST:
+        return _failed(f"a job of more than {MOST} images has its results at /api/v1/jobs/{job.id}/images")
     images = [image for image in job.images if image.state == "succeeded"]
     if zip:
         packed = io.BytesIO()

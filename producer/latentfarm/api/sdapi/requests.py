@@ -42,6 +42,7 @@ HARMLESS_SETTINGS = (
     "sd_vae_as_default", "img2img_fix_steps", "hide_samplers", "sd_checkpoint_hash", "extra_networks", "hires_fix_show",
 )  # fmt: skip
 MODEL_FILES = (".safetensors", ".ckpt", ".pt")
+MOST = 100
 TEXTS = {"sd_vae": (None, "", "Automatic", "None"), "samples_format": (None, "", "png")}
 
 
@@ -83,6 +84,8 @@ def spec_of(request: Mapping[str, Any], farm: Farm, default_model: str, options:
         fields["sampler_name"] = given["sampler_index"]
     settings = {name: value for name, value in options.items() if name in KNOWN} | settings
     spec = spec_from_request(fields | supported_settings(settings, "override_settings."))
+    if spec.count > MOST:
+        raise InvalidField("n_iter", f"n_iter times batch_size should be up to {MOST}; submit more as a job")
     checkpoint = resolve_model(str(model), farm)
     return JobSpec.check(spec.model_dump(exclude_defaults=True) | {"model": checkpoint.name, "lane": "interactive"})
 

@@ -62,9 +62,11 @@ async def txt2img(
     """Draw. With `X-Farm-Wait: N` the answer comes after N seconds at most: 202 with the job, which goes on."""
     repeats: Repeats = request.app.state.repeats
     limit = MAX_WAIT_S if wait is None else wait
-    digest = digest_of(body)
     try:
-        async with repeats.held(caller, digest, lambda: submit_task(request, caller, body)) as job:
+        held = repeats.held(
+            caller, f"sdapi:{digest_of(body)}", lambda job_id: submit_task(request, caller, body, job_id)
+        )
+        async with held as job:
             status = await waited(request, request.app.state.watch, job.id, limit)
             if not status.is_final and wait is not None:
                 return later(job)
@@ -76,8 +78,8 @@ async def txt2img(
     return JSONResponse(found, headers={"x-farm-job-id": job.id})
 
 
-def submit_task(request: Request, caller: Caller, body: Mapping[str, Any]) -> Job:
-    """Submit the job of a request as one of the caller's tasks.
+def submit_task(request: Request, caller: Caller, body: Mapping[str, Any], job_id: str | None = None) -> Job:
+    """Submit the job of a request as one of the caller's tasks, under an id if one was chosen.
 
     Raises:
         UsageError, Busy, Unavailable: as Farm.submit.
@@ -88,7 +90,7 @@ def submit_task(request: Request, caller: Caller, body: Mapping[str, Any]) -> Jo
         raise InvalidField("force_task_id", f"should be a text of up to {TASK_LENGTH} characters")
     spec = spec_of(body, caller.farm, default_model(caller.farm, tasks), tasks.options())
     keyed = JobSpec.check(spec.model_dump(exclude_defaults=True) | {"key": PREFIX + task, "tags": ("a1111",)})
-    job = submit(request.app.state.callers, caller, keyed, request=digest_of(body))
+    job = submit(request.app.state.callers, caller, keyed, job_id=job_id, request=digest_of(body))
     tasks.note(job)
     return job
 

@@ -36,7 +36,9 @@ MAX_FILE = 256 * 2**20
 _WAIT = re.compile(r"(?:^|[,;\s])wait(?:=(\d{1,6}))?(?:$|[,;\s])")
 
 router = APIRouter(tags=["jobs"])
-JobId = Annotated[str, InPath(max_length=64, description="The job's id.", examples=["5f0c1d2e3b4a5968"])]
+JobId = Annotated[
+    str, InPath(max_length=64, pattern=r"^[\w-]+$", description="The job's id.", examples=["5f0c1d2e3b4a5968"])
+]
 Key = Annotated[
     str | None,
     Header(
@@ -173,6 +175,7 @@ def _submit(request: Request, caller: Caller, values: dict[str, Any], key: str |
     known = caller.farm.submitted(spec, job_id, digest)
     if known is not None or told is None:
         return known or submit(request.app.state.callers, caller, spec, job_id=job_id, request=digest)
+    caller.farm.refuse_taken(job_id)
     hooks = Hooks(caller.farm)
     hook = hooks.create(caller.owner, told, job_id)  # first, so that nothing of the job is missed
     try:
@@ -268,7 +271,7 @@ def plan_job(caller: Reader, spec: Spec) -> Response:
     },
     max_body_size=MAX_FILE,
 )
-async def plan_file(request: Request, caller: Reader, name: Annotated[str, Query(max_length=200)]) -> Response:
+async def plan_file(request: Request, caller: Submitter, name: Annotated[str, Query(max_length=200)]) -> Response:
     """Tell what the jobs of a file would do, without submitting them."""
     with tempfile.TemporaryDirectory(prefix="latentfarm-") as folder:
         path = await _received(request, Path(folder), name)
@@ -286,9 +289,10 @@ def list_jobs(
 ) -> Response:
     """List your jobs, the newest first."""
     ledger = caller.farm.ledger
-    before, found = (None if cursor is None else int(cursor)), []
+    before = None if cursor is None else int(cursor)
+    found: list[JobStatus] = []
     for _ in range(20):  # so many pages are looked at for one of a state
-        page, before = ledger.jobs_before(limit, before, caller.owner)
+        page, before = ledger.jobs_before(limit - len(found), before, caller.owner)
         found += [status for status in page if state in (None, status.state)]
         if before is None or len(found) >= limit or state is None:
             break
@@ -415,7 +419,6 @@ def approve(caller: Submitter, job: JobId) -> Response:
 def retry(caller: Submitter, job: JobId, *, missing: Missing = False) -> Response:
     """Hand out again what failed."""
     found = own(caller, job)
-    Hooks(caller.farm).watch_again(job, found.status().version)
     found.retry(missing=missing)
     return answer(JobAnswer.of(found.status()))
 

@@ -23,6 +23,7 @@ EventType = Literal[
 ]  # fmt: skip
 EVENTS: tuple[EventType, ...] = get_args(EventType)
 MOST = 100
+CURSORS = "lf:hook:cursors"
 
 
 class HookRequest(BaseModel):
@@ -64,10 +65,19 @@ class Hooks:
         origin(asked.url)
         self.secret(owner)
         hook = Hook(**asked.model_dump(), id=f"wh_{secrets.token_hex(8)}", owner=owner, job=job, created=time.time())
-        if job is None and len(self.ls(owner)) >= MOST:
+        others = [] if job else self.ls(owner)
+        if len(others) >= MOST:
             raise InvalidField("url", f"there are {MOST} webhooks already; delete some")
+        if job is None and not others:
+            self._begin(owner)
         self.put(hook)
         return hook
+
+    def _begin(self, owner: str) -> None:
+        """Have an owner's jobs told of from now on."""
+        with translated():
+            last = self._redis.zrevrange(f"lf:jobs:{owner}", 0, 0, withscores=True)
+            self._redis.hset(CURSORS, owner, int(last[0][1]) if last else 0)
 
     def put(self, hook: Hook) -> None:
         """Write a webhook down."""
@@ -77,11 +87,6 @@ class Hooks:
             if hook.job is not None:
                 pipe.hsetnx("lf:hook:watched", hook.job, 0)
             pipe.execute()
-
-    def watch_again(self, job: str, version: int) -> None:
-        """Watch a job that was over and goes on, from a version on."""
-        with translated():
-            self._redis.hsetnx("lf:hook:watched", job, version)
 
     @staticmethod
     def _index(owner: str, job: str | None) -> str:
@@ -99,11 +104,16 @@ class Hooks:
         Raises:
             UnknownName: there is none, as far as the owner is to know.
         """
-        with translated():
-            text = self._redis.hget(self._index(owner, None), hook_id)
-        if text is None:
+        found = self.find(owner, None, hook_id)
+        if found is None:
             raise UnknownName("webhook", hook_id)
-        return Hook.model_validate_json(text)
+        return found
+
+    def find(self, owner: str, job: str | None, hook_id: str) -> Hook | None:
+        """Return a webhook, None if it was deleted."""
+        with translated():
+            text = self._redis.hget(self._index(owner, job), hook_id)
+        return None if text is None else Hook.model_validate_json(text)
 
     def delete(self, hook: Hook) -> None:
         """Tell an address nothing more."""

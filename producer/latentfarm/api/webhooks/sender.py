@@ -6,6 +6,7 @@ import ssl
 import time
 from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime
+from typing import Any
 
 import httpcore2
 from latentfarm_shared.errors import FarmError, InvalidField
@@ -19,7 +20,7 @@ from latentfarm.downloads import USER_AGENT
 from latentfarm.farm import Farm
 
 AT_ONCE, BATCH = 8, 32
-CONNECT_S, READ_S, TURN_S = 5.0, 15.0, 45.0
+CONNECT_S, READ_S, TOTAL_S, TURN_S = 5.0, 15.0, 20.0, 45.0
 GONE = 410
 
 
@@ -29,8 +30,10 @@ class Sender:
     def __init__(self, farm: Farm) -> None:
         """Send this farm's deliveries."""
         self._farm, self._hooks, self._outbox = farm, Hooks(farm), Outbox(farm)
-        guard = PublicOnly(allow_private=farm.settings.allow_private_urls)
-        self._pool = httpcore2.ConnectionPool(ssl_context=ssl.create_default_context(), network_backend=guard)
+        guard = PublicOnly(allow_private=farm.settings.allow_private_urls, total_s=TOTAL_S)
+        self._pool = httpcore2.ConnectionPool(
+            ssl_context=ssl.create_default_context(), network_backend=guard, max_keepalive_connections=0
+        )
         self._threads = ThreadPoolExecutor(AT_ONCE, "webhook")
 
     def step(self) -> None:
@@ -47,7 +50,8 @@ class Sender:
         if not self._farm.ledger.take_turn(f"deliver:{name}", TURN_S):
             return
         delivery = self._outbox.find(name)
-        if delivery is None or delivery.state != "pending":
+        hook = None if delivery is None else self._hooks.find(delivery.owner, delivery.job, delivery.hook)
+        if delivery is None or delivery.state != "pending" or hook is None or hook.disabled:
             self._outbox.forget(name)
             return
         attempt = self._try(delivery)
@@ -75,21 +79,22 @@ class Sender:
             origin(delivery.url)
             headers = self._signed(delivery)
             timeout = {"connect": CONNECT_S, "read": READ_S, "write": READ_S, "pool": READ_S}
-            answer = self._pool.request(
-                "POST",
-                delivery.url,
-                headers=list(headers.items()),
-                content=delivery.payload.encode(),
-                extensions={"timeout": timeout},
-            )
+            options: Any = {"timeout": timeout}
+            body = delivery.payload.encode()
+            with self._pool.stream(
+                "POST", delivery.url, headers=list(headers.items()), content=body, extensions=options
+            ) as answer:
+                status = answer.status  # what they say beside it is not read
         except InvalidField as error:  # a private address
             return ended(0, error.reason)
         except (httpcore2.NetworkError, httpcore2.TimeoutException, httpcore2.ProtocolError, OSError) as error:
             return ended(0, type(error).__name__)
         except FarmError as error:
             return ended(0, str(error))
+        except Exception as error:  # noqa: BLE001 - an address that breaks us must not stop the others
+            return ended(0, f"cannot be sent ({type(error).__name__})")
         redirected = "redirects are not followed; give the address it leads to"
-        return ended(answer.status, redirected if 300 <= answer.status < 400 else "")
+        return ended(status, redirected if 300 <= status < 400 else "")
 
     def _signed(self, delivery: Delivery) -> dict[str, str]:
         """Return the headers that prove where a delivery comes from."""

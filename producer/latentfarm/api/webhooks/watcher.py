@@ -8,14 +8,15 @@ from typing import Any
 from latentfarm_shared.errors import UnknownName
 from latentfarm_shared.ledger import JobEvent, JobStatus
 from latentfarm_shared.ledger.ledger import translated
+from redis import WatchError
 
 from latentfarm.api.answers import BASE
-from latentfarm.api.webhooks.hooks import Hook, Hooks
+from latentfarm.api.webhooks.hooks import CURSORS, Hook, Hooks
 from latentfarm.api.webhooks.outbox import KEPT_S, Outbox, delivery_of
 from latentfarm.farm import Farm
 
 TURN_S, PAGE, PAGES = 10.0, 200, 5
-WATCHED, CURSORS = "lf:hook:watched", "lf:hook:cursors"
+WATCHED = "lf:hook:watched"
 STARTS_WITHIN_S = 120.0
 KINDS = {
     "running": "job.started", "paused": "job.paused", "succeeded": "job.completed", "failed": "job.completed",
@@ -57,12 +58,8 @@ class HookWatcher:
     def _find_jobs(self, owner: str) -> None:
         """Begin to watch the jobs an owner submitted since the last look, however they did."""
         with translated():
-            seen = self._redis.hget(CURSORS, owner)
-            if seen is None:
-                last = self._redis.zrevrange(f"lf:jobs:{owner}", 0, 0, withscores=True)
-                self._redis.hsetnx(CURSORS, owner, int(last[0][1]) if last else 0)
-                return
-            found = self._redis.zrangebyscore(f"lf:jobs:{owner}", f"({int(seen)}", "+inf", 0, PAGE, withscores=True)
+            seen = int(self._redis.hget(CURSORS, owner) or 0)
+            found = self._redis.zrangebyscore(f"lf:jobs:{owner}", f"({seen}", "+inf", 0, PAGE, withscores=True)
             if found:
                 with self._redis.pipeline() as pipe:
                     for job, _ in found:
@@ -90,17 +87,24 @@ class HookWatcher:
             if not events:
                 return
             seen = events[-1].version
-            hooks = [*self._hooks.ls(status.owner), *self._hooks.ls(status.owner, job)]
+            found = [*self._hooks.ls(status.owner), *self._hooks.ls(status.owner, job)]
+            hooks = [hook for hook in found if hook.owner == status.owner]  # an id may have been somebody else's guess
             with translated(), self._redis.pipeline() as pipe:
+                pipe.watch(f"lf:job:{job}")
+                is_over = status.is_final and ledger.versions([job]) == [seen]
+                pipe.multi()
                 for event in events:
                     for hook in hooks:
                         self._deliver(pipe, hook, event, status)
-                if status.is_final and seen == status.version:
+                if is_over:
                     pipe.hdel(WATCHED, job)
                     pipe.expire(f"lf:hooks:job:{job}", KEPT_S)
                 else:
                     pipe.hset(WATCHED, job, seen)
-                pipe.execute()
+                try:
+                    pipe.execute()
+                except WatchError:
+                    return  # it goes on; the next step sees how
 
     def _deliver(self, pipe: Any, hook: Hook, event: JobEvent, status: JobStatus) -> None:
         kind = KINDS.get(event.what)

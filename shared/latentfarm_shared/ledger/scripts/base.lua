@@ -41,6 +41,7 @@
 -- lf:claim:<member>          hash    token worker queue content
 -- lf:worker:<name>           hash    what a worker says of itself; :claims is a set of members, :alone those held alone
 -- lf:workers                 zset    workers by their last beat;  lf:lone:<member>  the worker that frees itself for a suspect
+-- lf:hook:owners, lf:hook:watched: who wants to hear of jobs, and up to which version they have
 -- lf:drained                 set     stations told to claim nothing;  lf:aside  hash  stations set aside -> their story
 -- lf:rates:<hash>            list    pixel-steps a second that workers measured (capped)
 -- lf:names, lf:names:number, lf:names:changes, lf:pins, lf:used: see names.lua

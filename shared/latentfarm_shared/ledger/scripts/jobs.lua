@@ -131,7 +131,7 @@ end
 -- goes on with it. 0 if there is no such job, 2 if it was closed and has images that only missing would bring back.
 local function retry(_, a)
   local job, missing = a[1], a[2] == '1'
-  local f = get(job, 'closed', 'scan', 'scan_bytes', 'spec', 'canceled', 'expired', 'scan_zero', 'running')
+  local f = get(job, 'closed', 'scan', 'scan_bytes', 'spec', 'canceled', 'expired', 'scan_zero', 'running', 'owner', 'version')
   if not f[4] then return 0 end
   if f[1] ~= '' and not missing and number(f[5]) + number(f[6]) + number(f[8]) > 0 then return 2 end
   local over = f[1] ~= '' or is_final(job)
@@ -156,6 +156,7 @@ local function retry(_, a)
     count(job, f[1], -untouched)
     waits(job, untouched)
   end
+  if redis.call('SISMEMBER', 'lf:hook:owners', f[9]) == 1 then redis.call('HSETNX', 'lf:hook:watched', job, f[10]) end
   event(job, 'retried')
   settle(job)
   offer_all(job)
