@@ -60,7 +60,7 @@ class Worker:
         self._reserve = threading.Semaphore(RESERVE)
         self._unpublished = Room(settings.unpublished_mb * 2**20)
         self._claims: dict[str, tuple[Claim, Future[Rendered]]] = {}
-        self._progress: dict[str, tuple[Progress, Model]] = {}
+        self._progress: dict[str, Progress] = {}
         self._fitted: dict[str, Future[Rendered] | None] = {}
         self._strange: set[str] = set()
         self._canceled: set[str] = set()
@@ -200,7 +200,8 @@ class Worker:
             model = held.enter_context(self._backend.holding(claim))
             progress = Progress()
             if claim.spec.pack is not None or claim.spec.lane == "interactive":
-                self._progress[claim.member] = progress, model  # somebody waits and may want to see
+                self._progress[claim.member] = progress  # somebody waits and may want to see
+                self._fit(claim, model)
             render = self._backend.render(claim, image, model, progress)
             urgent = claim.spec.lane == "interactive" and claim.spec.pack is None
             future = self._engine.submit(render, model, urgent=urgent)
@@ -233,22 +234,25 @@ class Worker:
             with suppress(TimeoutError):
                 return future.result(TELL_EVERY_S)
             with suppress(Unavailable):
-                if self._ledger.progress(claim, _story(followed[0])) == SOMEBODY_LOOKS:
-                    self._show(claim, *followed)
+                if self._ledger.progress(claim, _story(followed)) == SOMEBODY_LOOKS:
+                    self._show(claim, followed)
         return future.result()
 
-    def _show(self, claim: Claim, progress: Progress, model: Model) -> None:
-        """Show what a render sees now; the first time, what that takes is fitted to its checkpoint."""
-        if claim.spec.pack is not None:
+    def _fit(self, claim: Claim, model: Model) -> None:
+        """Have what previews need fitted to a checkpoint, before its first image takes the device."""
+        with self._guard:
+            if claim.lock.checkpoint.hash not in self._fitted and claim.spec.pack is None:
+                fitting = self._backend.fitting()
+                done = None if fitting is None else self._engine.submit(fitting, model, urgent=True)
+                self._fitted[claim.lock.checkpoint.hash] = done
+
+    def _show(self, claim: Claim, progress: Progress) -> None:
+        """Show what a render sees now."""
+        fitted = self._fitted.get(claim.lock.checkpoint.hash)
+        if fitted is None or not fitted.done() or claim.spec.pack is not None:
             return
-        checkpoint = claim.lock.checkpoint.hash
         try:
-            with self._guard:
-                if checkpoint not in self._fitted:
-                    fit = self._backend.fitting()
-                    self._fitted[checkpoint] = None if fit is None else self._engine.submit(fit, model, urgent=True)
-                fitted = self._fitted[checkpoint]
-            seen = self._backend.preview(progress, fitted.result()) if fitted is not None and fitted.done() else None
+            seen = self._backend.preview(progress, fitted.result())
             if seen is not None:
                 self._ledger.show(claim, seen)
         except Exception as error:  # noqa: BLE001 - a picture is not to fail for its preview
