@@ -162,8 +162,9 @@ def test_manifest_is_whole_whoever_dies_and_failures_can_be_submitted_again(farm
     farm.ledger.written(job.id, touched[:1])  # somebody wrote one, so it says, and died
     farm.store.put(f"manifests/{job.id}/segments/000000.jsonl", "".join(
         keeper._lines(job.id, job.spec, farm.tables.of(job.spec), 0)).encode())  # fmt: skip
-    farm.ledger.redis.delete("lf:turn:house", f"lf:turn:manifest:{job.id}")
-    keeper.keep()
+    while job.id in farm.ledger.dirty(1000):  # behind what other tests left
+        farm.ledger.redis.delete("lf:turn:house", f"lf:turn:manifest:{job.id}")
+        keeper.keep()
 
     rows = [json.loads(line) for line in job.manifest().splitlines()]
     assert sorted(row["index"] for row in rows) == list(range(2500))
