@@ -28,6 +28,7 @@ from latentfarm.api.guards import Guard
 from latentfarm.api.links import Links
 from latentfarm.api.openai.batch_runner import BatchRunner
 from latentfarm.api.openai.requests import ImagesRequest
+from latentfarm.api.polls import Polls
 from latentfarm.api.problems import (
     MEDIA,
     Problem,
@@ -81,7 +82,9 @@ def create_app(farm: Farm) -> FastAPI:
             CORSMiddleware, allow_origins=list(origins), allow_methods=["*"], allow_headers=["*"], max_age=600
         )
     inner, is_open = app.build_middleware_stack, not keys.are_needed()
-    app.build_middleware_stack = lambda: Guard(inner(), origins, _admission(app), is_open=is_open)  # type: ignore[method-assign]
+    app.build_middleware_stack = lambda: Guard(  # type: ignore[method-assign]
+        Polls(inner(), farm.ledger), origins, _admission(app), is_open=is_open
+    )
     app.add_exception_handler(FarmError, _on_error)
     app.add_exception_handler(RequestValidationError, _on_bad_request)
     app.add_exception_handler(HTTPException, _on_http)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import binascii
+import math
 import time
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
@@ -22,6 +23,7 @@ from latentfarm.keys import ApiKey, ApiKeys, Scope
 
 SCHEMES = ("bearer", "token", "key")
 ANYBODY = "anybody"
+ASK_S = 0.2
 
 
 @dataclass(frozen=True)
@@ -50,6 +52,7 @@ class Callers:
     keys: ApiKeys
     _limiter: FixedWindowRateLimiter = field(default_factory=lambda: FixedWindowRateLimiter(MemoryStorage()))
     _are_needed: bool = False
+    _asked: float = -math.inf
 
     def __post_init__(self) -> None:
         """Remember a view of the farm for each owner."""
@@ -74,9 +77,10 @@ class Callers:
         return Caller(key.id, self._seen_by(key.owner), key)
 
     async def _need_keys(self) -> bool:
-        """Tell whether callers need keys; once they do, they always will."""
-        if not self._are_needed:
+        """Tell whether callers need keys; once they do, they always will. Until then it is asked anew every moment."""
+        if not self._are_needed and time.monotonic() - self._asked > ASK_S:
             self._are_needed = await run_in_threadpool(self.keys.are_needed)
+            self._asked = time.monotonic()
         return self._are_needed
 
     def _count(self, key: ApiKey, most: int) -> None:

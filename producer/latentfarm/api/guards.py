@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import ipaddress
 import json
+import logging
 import re
 import secrets
 import time
 from collections.abc import Awaitable, Callable, Collection
 from contextlib import suppress
+from functools import lru_cache
 from urllib.parse import urlsplit
 
 from latentfarm_shared.logs import log
@@ -26,6 +28,7 @@ HEADERS = {
     "referrer-policy": "no-referrer",
     "cross-origin-resource-policy": "same-origin",
 }
+SHARED_HEADERS = HEADERS | {"cross-origin-resource-policy": "cross-origin"}
 QUIET = ("/healthz", "/readyz")
 KEYED = ("/api/", "/sdapi/", "/internal/", "/agent-scheduler/", "/v1/")
 
@@ -35,7 +38,7 @@ class _Answer:
 
     def __init__(self, send: Send, request_id: str, *, is_shared: bool) -> None:
         self._send, self.request_id, self.status = send, request_id, 0
-        self._headers = HEADERS | ({"cross-origin-resource-policy": "cross-origin"} if is_shared else {})
+        self._headers = SHARED_HEADERS if is_shared else HEADERS
         self._too_large = b""
 
     async def __call__(self, message: Message) -> None:
@@ -93,9 +96,7 @@ class Guard:
             log.error("request broke", error=type(error).__name__, id=request_id)
         finally:
             if scope["path"] not in QUIET:
-                ms = round((time.perf_counter() - began) * 1000, 1)
-                path = _template(scope)
-                log.info("request", method=scope["method"], path=path, status=answer.status, ms=ms, id=request_id)
+                _tell(scope, answer, time.perf_counter() - began)
 
     async def _pass_on(self, scope: Scope, receive: Receive, answer: _Answer, refusal: str | None) -> None:
         if refusal is not None:
@@ -123,6 +124,17 @@ class Guard:
         return f"pages of {origin[:100]!r} may not call this farm; LATENTFARM_API_ORIGINS lists those that may"
 
 
+def _tell(scope: Scope, answer: _Answer, seconds: float) -> None:
+    """Log a request; what only looked, and was answered, is for those who debug: clients poll all the time."""
+    is_look = scope["method"] in SAFE and 0 < answer.status < 400
+    if is_look and not logging.getLogger("latentfarm").isEnabledFor(logging.DEBUG):
+        return
+    tell = log.debug if is_look else log.info
+    ms, path = round(seconds * 1000, 1), _template(scope)
+    tell("request", method=scope["method"], path=path, status=answer.status, ms=ms, id=answer.request_id)
+
+
+@lru_cache(256)
 def _is_here(host: str) -> bool:
     try:
         name = urlsplit(f"//{host}").hostname or ""

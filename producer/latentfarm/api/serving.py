@@ -37,8 +37,10 @@ def serve(farm: Farm, host: str, port: int) -> None:
             log.info("serving", url=url, docs=f"{url}/docs")
         else:
             log.info("serving this machine alone, for the farm has no API keys", url=url, docs=f"{url}/docs")
+        app = create_app(farm)
+        app.openapi()  # makes at once what the first requests would wait for
         config = uvicorn.Config(
-            create_app(farm),
+            app,
             log_level="warning",
             access_log=False,
             timeout_keep_alive=KEEP_ALIVE_S,

@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 from collections.abc import AsyncIterator, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 
 from latentfarm_shared.errors import FarmError, Unavailable, UnknownName
 from latentfarm_shared.ledger import JobEvent, JobStatus, Ledger
@@ -14,6 +15,15 @@ from starlette.concurrency import run_in_threadpool
 
 TICK_S = 0.1
 PAGE = 1000
+
+
+@dataclass(frozen=True, eq=False)
+class News:
+    """What happened to a job since the version `after`, and where it stands behind it; shared by all who saw as much."""
+
+    after: int
+    events: tuple[JobEvent, ...]
+    status: JobStatus
 
 
 class Tail:
@@ -26,22 +36,35 @@ class Tail:
         self.events: list[JobEvent] = []
         self.begun = status.version
         self._turn = asyncio.Event()
+        self._news: dict[int, News] = {}
 
     def move(self, status: JobStatus | None, events: list[JobEvent]) -> None:
         """Note what happened and wake who waits."""
         self.status = status or self.status
         self.events += events
+        self._news = {}
         if len(self.events) > 2 * PAGE:
             del self.events[:PAGE]
             self.begun = self.events[0].version - 1
         self._turn.set()
         self._turn = asyncio.Event()
 
+    def news(self, after: int) -> News | None:
+        """Return what happened since a version, None if that is not remembered."""
+        last = self.status.version
+        if after not in self._news:
+            if self.begun > after < last:
+                return None
+            found = tuple(event for event in self.events if after < event.version <= last)
+            self._news[after] = News(after, found, self.status)
+        return self._news[after]
+
     async def moved(self, timeout_s: float) -> None:
         """Wait until something happens, or for so long."""
         turn = self._turn
         with contextlib.suppress(TimeoutError):
-            await asyncio.wait_for(turn.wait(), timeout_s)
+            async with asyncio.timeout(timeout_s):
+                await turn.wait()
 
 
 class Watch:
@@ -124,10 +147,10 @@ class Watch:
             raise UnknownName("job", job)
         return tail.status
 
-    async def events(self, job: str, after: int, idle_s: float) -> AsyncIterator[list[JobEvent] | JobStatus | None]:
-        """Yield what happened to a job since a version: events, each followed by the status; None after `idle_s` of nothing.
+    async def news(self, job: str, after: int, idle_s: float) -> AsyncIterator[News | None]:
+        """Yield what happened to a job since a version, as it happens; None after `idle_s` of nothing.
 
-        It ends behind the status of a final job.
+        The first may be without events. It ends behind the status of a final job.
 
         Raises:
             UnknownName: there is no such job.
@@ -135,16 +158,15 @@ class Watch:
         tail = await self.tail(job)
         with self.followed(tail):
             tail = self._tails[job]
-            told = False
+            is_told = False
             while True:
-                status = tail.status
-                new = await self._since(tail, after)
-                if new:
-                    after = new[-1].version
+                new = tail.news(after) or await self._older(tail, after)
+                status = new.status
+                if new.events or not is_told:
+                    is_told = True
                     yield new
-                if new or not told:
-                    told = True
-                    yield status
+                if new.events:
+                    after = new.events[-1].version
                 if tail.is_gone or (status.is_final and after >= status.version):
                     return
                 if tail.status is status:
@@ -152,12 +174,8 @@ class Watch:
                     if tail.status is status:
                         yield None
 
-    async def _since(self, tail: Tail, after: int) -> list[JobEvent]:
-        """Return events up to the tail's status: from memory, or older ones from Redis."""
-        last = tail.status.version
-        if after >= last:
-            return []
-        if after >= tail.begun:
-            return [event for event in tail.events if after < event.version <= last]
+    async def _older(self, tail: Tail, after: int) -> News:
+        """Return what is not remembered here any more from Redis."""
+        status = tail.status
         found = await run_in_threadpool(self._ledger.events, tail.job, after, 2 * PAGE)
-        return [event for event in found if event.version <= last]
+        return News(after, tuple(event for event in found if event.version <= status.version), status)

@@ -7,6 +7,7 @@ from latentfarm_shared.ledger.states import (
     JobState,
     JobStatus,
     Limits,
+    Stamp,
     Submission,
     WorkerStatus,
 )
@@ -20,6 +21,7 @@ __all__ = [
     "JobStatus",
     "Ledger",
     "Limits",
+    "Stamp",
     "Submission",
     "WorkerStatus",
 ]

@@ -19,12 +19,14 @@ from pydantic import ValidationError
 from latentfarm_shared.errors import AlreadyTaken, Busy, EmbeddingRefused, InvalidField, Unavailable, UnknownName
 from latentfarm_shared.ledger.queues import part_name
 from latentfarm_shared.ledger.states import (
+    STAMP_FIELDS,
     STATE_OF_BYTE,
     STATUS_FIELDS,
     ImageState,
     JobEvent,
     JobStatus,
     Limits,
+    Stamp,
     Submission,
     WorkerStatus,
     job_status,
@@ -557,6 +559,13 @@ class Ledger:
                 pipe.hget(f"lf:job:{job}", "version")
             return [None if found is None else int(found) for found in pipe.execute()]
 
+    def stamps(self, jobs: Sequence[str]) -> list[Stamp | None]:
+        """Return what changes whenever a job's status does, None for jobs that are not there."""
+        with translated(), self.redis.pipeline(transaction=False) as pipe:
+            for job in jobs:
+                pipe.hmget(f"lf:job:{job}", STAMP_FIELDS)
+            return [None if found[0] is None else tuple(found) for found in pipe.execute()]
+
     def jobs(self, limit: int = 50, owner: str | None = None) -> list[JobStatus]:
         """Return the newest jobs first, of one owner if given."""
         return self.jobs_before(limit, owner=owner)[0]
@@ -693,15 +702,22 @@ class Ledger:
         with translated():
             version = int(self.redis.hget(f"lf:job:{job}", "version") or 0)
             new = min(version - after, EVENTS_KEPT)
-            found = self.redis.xrevrange(f"lf:job:{job}:events", count=new) if new > 0 else []
+            found = self._entries(job, new, limit) if new > 0 else []
         events = []
-        for entry, fields in reversed(found):
+        for entry, fields in found:
             version, position = int(fields[b"version"]), fields[b"position"]
             if version > after:
                 index = layout.index_at(int(position)) if position else None
                 at = int(entry.partition(b"-")[0]) / 1000
                 events.append(JobEvent(version=version, what=fields[b"what"].decode(), index=index, at=at))
         return events[:limit]
+
+    def _entries(self, job: str, new: int, limit: int) -> list[tuple[bytes, dict[bytes, bytes]]]:
+        """Return the last `new` entries of a job's events, the oldest first; at least the first `limit` of them."""
+        key = f"lf:job:{job}:events"
+        if limit < new and self.redis.xlen(key) <= new:  # nothing of what is kept was seen
+            return list(self.redis.xrange(key, count=limit))
+        return list(reversed(self.redis.xrevrange(key, count=new)))
 
     def report_residents(self, worker: str, content_ids: Sequence[str]) -> None:
         """Say which embeddings a worker has in memory; forgotten after a minute without a word."""

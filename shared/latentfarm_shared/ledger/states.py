@@ -27,6 +27,9 @@ STATUS_FIELDS = (
     "state", "reason", "total", "running", "succeeded", "failed", "canceled", "expired", "starts", "version", "created",
     "finished", "owner", "lane", "priority", "paused", "gated", "progress", "parts",
 )  # fmt: skip
+STAMP_FIELDS = ("version", "progress", "paused", "gated")
+"""Those that change with the status: what moves nothing else is no event."""
+Stamp = tuple[bytes | None, ...]
 FINAL: frozenset[str] = frozenset({"succeeded", "failed", "canceled", "expired"})
 
 

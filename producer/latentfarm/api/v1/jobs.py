@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+import json
 import re
 import secrets
 import tempfile
 from collections.abc import AsyncIterator
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from fastapi import APIRouter, Body, Depends, Header, HTTPException, Query, Request
 from fastapi import Path as InPath
-from fastapi.responses import Response
-from fastapi.sse import EventSourceResponse, ServerSentEvent
+from fastapi.responses import Response, StreamingResponse
+from fastapi.sse import format_sse_event
 from latentfarm_shared.errors import FarmError, InvalidField
 from latentfarm_shared.ledger import JobEvent, JobStatus
 from latentfarm_shared.parameters import short
@@ -25,13 +27,18 @@ from latentfarm.api.answers import CausesAnswer, ImageAnswer, ImagePage, JobAnsw
 from latentfarm.api.callers import Caller, Reader, Submitter
 from latentfarm.api.problems import documented
 from latentfarm.api.submitting import charged, check_job_id, digest_of, submit
-from latentfarm.api.watch import Watch
+from latentfarm.api.watch import News, Watch
 from latentfarm.api.webhooks.hooks import HookRequest, Hooks
 from latentfarm.jobs import Job
 from latentfarm.planning import Plan
 
 MAX_WAIT_S = 300
 IDLE_S = 15.0
+STREAM_HEADERS = {"cache-control": "no-cache", "x-accel-buffering": "no"}
+EVENT_STREAM: dict[int | str, dict[str, Any]] = {
+    200: {"content": {"text/event-stream": {"schema": {"type": "string"}}}, "description": "Server-sent events."}
+}
+STILL_HERE = b": still here\n\n"
 MAX_FILE = 256 * 2**20
 _WAIT = re.compile(r"(?:^|[,;\s])wait(?:=(\d{1,6}))?(?:$|[,;\s])")
 
@@ -341,33 +348,44 @@ def list_events(
 
 @router.get(
     "/jobs/{job}/events",
-    response_class=EventSourceResponse,
-    responses=documented(404, also={204: {"description": "Nothing more will happen."}}),
+    response_class=StreamingResponse,
+    responses=documented(404, also=EVENT_STREAM | {204: {"description": "Nothing more will happen."}}),
 )
-async def follow_job(
-    request: Request, follows: Annotated[Followed, Depends(followed)]
-) -> AsyncIterator[ServerSentEvent]:
+async def follow_job(request: Request, follows: Annotated[Followed, Depends(followed)]) -> Response:
     """Follow a job: `event` for each thing that happens, `status` behind them, `end` when nothing more will.
 
     A `gap` stands for what is too long ago to be known.
 
     An event's id is the job's version, so a stream that broke goes on where it ended.
     """
-    watch: Watch = request.app.state.watch
-    status, seen = follows.status, follows.seen
-    async for news in watch.events(follows.job.id, seen, IDLE_S):
+    news = _stream(request.app.state.watch, follows)
+    return StreamingResponse(news, headers=STREAM_HEADERS, media_type="text/event-stream")
+
+
+async def _stream(watch: Watch, follows: Followed) -> AsyncIterator[bytes]:
+    state = follows.status.state
+    async for news in watch.news(follows.job.id, follows.seen, IDLE_S):
         if news is None:
-            yield ServerSentEvent(comment="still here")
-        elif isinstance(news, list):
-            if news[0].version > seen + 1:
-                yield ServerSentEvent(event="gap", data={"from": seen + 1, "to": news[0].version - 1})
-            seen = news[-1].version
-            for event in news:
-                yield ServerSentEvent(event="event", id=str(event.version), raw_data=event.model_dump_json())
+            yield STILL_HERE
         else:
-            status = news
-            yield ServerSentEvent(event="status", raw_data=JobAnswer.of(news).model_dump_json())
-    yield ServerSentEvent(event="end", data={"state": status.state})
+            state = news.status.state
+            yield _encoded(news)
+    yield format_sse_event(event="end", data_str=json.dumps({"state": state}))
+
+
+@lru_cache(256)
+def _encoded(news: News) -> bytes:
+    """Return news as they are sent, made once for all who follow a job."""
+    parts = []
+    if news.events and news.events[0].version > news.after + 1:
+        gap = {"from": news.after + 1, "to": news.events[0].version - 1}
+        parts.append(format_sse_event(event="gap", data_str=json.dumps(gap)))
+    parts += [
+        format_sse_event(event="event", id=str(event.version), data_str=event.model_dump_json())
+        for event in news.events
+    ]
+    parts.append(format_sse_event(event="status", data_str=JobAnswer.of(news.status).model_dump_json()))
+    return b"".join(parts)
 
 
 @router.get("/jobs/{job}/why", response_model=CausesAnswer, responses=documented(404))
