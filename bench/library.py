@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 from latentfarm.embedded.local import LocalFarm
-from latentfarm.farm import Farm
+from latentfarm.farm import DirectFarm
 from latentfarm.jobs import Job
 from latentfarm_shared.infotext import read_png
 from safetensors.numpy import save
@@ -32,7 +32,7 @@ def write(folder: Path, name: str, seed: int) -> Path:
     return path
 
 
-def everywhere_s(farm: Farm, content_id: str, began: float) -> float:
+def everywhere_s(farm: DirectFarm, content_id: str, began: float) -> float:
     """Wait until every worker has an embedding; return the seconds since `began`."""
     names = [worker.name for worker in farm.workers()]
     while not all(content_id in farm.ledger.residents(name) for name in names):
@@ -56,7 +56,7 @@ def has_what_it_pinned(done: Job) -> bool:
     return True
 
 
-def keep_busy(farm: Farm, stop: threading.Event, jobs: list[Job]) -> None:
+def keep_busy(farm: DirectFarm, stop: threading.Event, jobs: list[Job]) -> None:
     """Keep batch work waiting, with embeddings that are being replaced meanwhile."""
     while not stop.is_set():
         if sum(worker.claims for worker in farm.workers()) < WORKERS * 4:
@@ -85,7 +85,7 @@ def measure() -> dict[str, Any]:
             idle.append(everywhere_s(farm, record.content_id, time.perf_counter()))
         before = sorted(worker.pid for worker in farm.workers())
         stop, load = threading.Event(), list[Job]()
-        busy = threading.Thread(target=keep_busy, args=(Farm(farm.settings), stop, load))
+        busy = threading.Thread(target=keep_busy, args=(DirectFarm(farm.settings), stop, load))
         busy.start()
         adding, first_use, asked = [], [], list[Job]()
         for number in range(CHANGES):

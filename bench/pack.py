@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from latentfarm.embedded.local import LocalFarm
-from latentfarm.farm import Farm
+from latentfarm.farm import DirectFarm
 from PIL import Image
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tools"))
@@ -23,7 +23,7 @@ NEGATIVE = "low quality, worst quality, blurry, pixelated, deformed"
 SEED, COUNT = 900_000, 48
 
 
-def attributes(farm: Farm, prompt: str, cfg: float) -> tuple[float, dict[str, float]]:
+def attributes(farm: DirectFarm, prompt: str, cfg: float) -> tuple[float, dict[str, float]]:
     """Return the share of the character's attributes that pictures of a prompt have, overall and one by one."""
     job = farm.generate(prompt, seed=SEED, count=COUNT, steps=15, cfg_scale=cfg, lane="batch")
     job.wait(600)
@@ -32,7 +32,7 @@ def attributes(farm: Farm, prompt: str, cfg: float) -> tuple[float, dict[str, fl
     return round(sum(shares.values()) / len(shares), 4), shares
 
 
-def packed(farm: Farm, prompt: str, name: str, vectors: int, *, negative: bool = False) -> dict[str, Any]:
+def packed(farm: DirectFarm, prompt: str, name: str, vectors: int, *, negative: bool = False) -> dict[str, Any]:
     """Pack a prompt and return how long it took and the farm's own figure of quality."""
     began = time.perf_counter()
     job = farm.pack(prompt, name, vectors=vectors, negative=negative)

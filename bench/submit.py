@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from latentfarm.embedded.local import LocalFarm
-from latentfarm.farm import Farm
+from latentfarm.farm import DirectFarm
 from latentfarm_shared.specs import JobSpec
 from latentfarm_shared.wakeups import make_celery
 
@@ -22,7 +22,7 @@ CELERY_MESSAGES, ROWS = 2000, 20_000
 POLLS = 5000
 
 
-def celery_s(farm: Farm) -> float:
+def celery_s(farm: DirectFarm) -> float:
     """Send a message an image with apply_async, as a farm without a ledger would; return the seconds an image took."""
     app = make_celery(farm.settings)
 
@@ -45,7 +45,7 @@ def celery_s(farm: Farm) -> float:
     return took
 
 
-def sweep_s(farm: Farm) -> float:
+def sweep_s(farm: DirectFarm) -> float:
     """Submit a matrix of a million images; return the seconds an image took."""
     began = time.perf_counter()
     job = farm.submit(matrix())
@@ -72,7 +72,7 @@ def table(path: Path, rows: int) -> None:
             file.write(json.dumps({"prompt": prompt, "seed": number, "steps": 20}) + "\n")
 
 
-def rows_s(farm: Farm, path: Path) -> float:
+def rows_s(farm: DirectFarm, path: Path) -> float:
     """Submit a table; return the seconds an image took."""
     began = time.perf_counter()
     (job,) = farm.submit_file(path, anew=True, defaults={"lane": "batch"})
@@ -81,7 +81,7 @@ def rows_s(farm: Farm, path: Path) -> float:
     return took / job.spec.total
 
 
-def polling(farm: Farm) -> dict[str, Any]:
+def polling(farm: DirectFarm) -> dict[str, Any]:
     """Poll a job of a million images again and again: its status, one image, a page, events."""
     job = farm.submit(matrix())
     calls: dict[str, Callable[[], object]] = {

@@ -1,10 +1,13 @@
 """latentfarm: Stable Diffusion render jobs with textual-inversion embeddings, on a farm of warm workers.
 
 >>> from latentfarm import Farm
->>> farm = Farm.from_env()
+>>> farm = Farm("https://farm.example.com", "lf_key")
 >>> job = farm.generate("masterpiece, corneo_dva", seed=43, count=4)
 >>> job.wait()
 >>> job.images[0].save("a.png")
+
+`AsyncFarm` is the same to be awaited; `Farm.from_env()` reaches a farm directly over its Redis and S3; `latentfarm.testing`
+has a farm for tests that draws in memory.
 """
 
 from __future__ import annotations
@@ -15,19 +18,46 @@ from latentfarm_shared import __version__
 
 if TYPE_CHECKING:
     from latentfarm_shared.errors import FarmError, Unavailable, UsageError
+    from latentfarm_shared.parameters import EmbeddingUse, HiresFix, SamplingOptions
+    from latentfarm_shared.specs import JobSpec
 
-    from latentfarm.farm import Farm
-    from latentfarm.jobs import FarmImage, Job
+    from latentfarm.client.aio import AsyncFarm, AsyncImage, AsyncJob
+    from latentfarm.client.sync import Farm, Image, Job
+    from latentfarm.farm import DirectFarm
 
-__all__ = ["Farm", "FarmError", "FarmImage", "Job", "Unavailable", "UsageError", "__version__"]
+__all__ = [
+    "AsyncFarm",
+    "AsyncImage",
+    "AsyncJob",
+    "DirectFarm",
+    "EmbeddingUse",
+    "Farm",
+    "FarmError",
+    "HiresFix",
+    "Image",
+    "Job",
+    "JobSpec",
+    "SamplingOptions",
+    "Unavailable",
+    "UsageError",
+    "__version__",
+]
 
 _HOMES = {
-    "Farm": "latentfarm.farm",
-    "Job": "latentfarm.jobs",
-    "FarmImage": "latentfarm.jobs",
+    "AsyncFarm": "latentfarm.client.aio",
+    "AsyncImage": "latentfarm.client.aio",
+    "AsyncJob": "latentfarm.client.aio",
+    "DirectFarm": "latentfarm.farm",
+    "EmbeddingUse": "latentfarm_shared.parameters",
+    "Farm": "latentfarm.client.sync",
     "FarmError": "latentfarm_shared.errors",
-    "UsageError": "latentfarm_shared.errors",
+    "HiresFix": "latentfarm_shared.parameters",
+    "Image": "latentfarm.client.sync",
+    "Job": "latentfarm.client.sync",
+    "JobSpec": "latentfarm_shared.specs",
+    "SamplingOptions": "latentfarm_shared.parameters",
     "Unavailable": "latentfarm_shared.errors",
+    "UsageError": "latentfarm_shared.errors",
 }
 
 

@@ -14,7 +14,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextC
 
 from latentfarm.contact_sheet import contact_sheet
 from latentfarm.embedded.local import LocalFarm
-from latentfarm.farm import Farm
+from latentfarm.farm import DirectFarm
 from latentfarm.jobs import Job
 
 SEED, PER_ROW = 43, 4
@@ -43,7 +43,7 @@ def run_demo(output: Path) -> None:
     console.print(f"pictures and contact-sheet.png are in {output}/ ({time.monotonic() - started:.1f} s)")
 
 
-def _submit(farm: Farm) -> dict[str, Job]:
+def _submit(farm: DirectFarm) -> dict[str, Job]:
     return {
         "without": farm.generate(SHORT, seed=SEED, count=PER_ROW),
         "with": farm.generate(SHORT, seed=SEED, count=PER_ROW, embeddings=[POSITIVE, f"{NEGATIVE}:neg"]),

@@ -18,7 +18,7 @@ from latentfarm_shared.registry import blob_key
 from latentfarm_shared.storage import ObjectConflict
 from pydantic import BaseModel, ConfigDict
 
-from latentfarm.farm import Farm
+from latentfarm.farm import DirectFarm
 from latentfarm.keys import ApiKeys
 
 SKEW_S, SLOW_MS, LEAST_GB = 2.0, 20.0, 5.0
@@ -51,9 +51,9 @@ def bad(part: str, message: str, advice: str) -> Finding:
     return Finding(part=part, verdict="bad", message=message, advice=advice)
 
 
-def examine(farm: Farm) -> Iterator[Finding]:
+def examine(farm: DirectFarm) -> Iterator[Finding]:
     """Look at every part of a farm."""
-    looks: tuple[tuple[str, Callable[[Farm], Iterator[Finding]]], ...] = (
+    looks: tuple[tuple[str, Callable[[DirectFarm], Iterator[Finding]]], ...] = (
         ("Redis", _redis), ("S3", _s3), ("disk", _disk), ("checkpoints", _checkpoints), ("workers", _workers),
         ("device", _device), ("API", _api),
     )  # fmt: skip
@@ -64,7 +64,7 @@ def examine(farm: Farm) -> Iterator[Finding]:
             yield bad(part, str(error), "mend this first; what hangs on it was not looked at")
 
 
-def _redis(farm: Farm) -> Iterator[Finding]:
+def _redis(farm: DirectFarm) -> Iterator[Finding]:
     client = farm.ledger.redis
     with translated():
         began = time.perf_counter()
@@ -101,7 +101,7 @@ def _redis(farm: Farm) -> Iterator[Finding]:
         )
 
 
-def _s3(farm: Farm) -> Iterator[Finding]:
+def _s3(farm: DirectFarm) -> Iterator[Finding]:
     farm.store.check()
     key, data = f"doctor/{secrets.token_hex(8)}", b"a small object"
     farm.store.put_once(key, data, "text/plain", "one")
@@ -121,7 +121,7 @@ def _s3(farm: Farm) -> Iterator[Finding]:
     yield ok("S3 deletion", "objects can be deleted")
 
 
-def _disk(farm: Farm) -> Iterator[Finding]:
+def _disk(farm: DirectFarm) -> Iterator[Finding]:
     for name, path in (("data", farm.settings.data), ("cache", farm.settings.cache)):
         there = next(p for p in (path, *path.parents) if p.exists())
         free = shutil.disk_usage(there).free / 2**30
@@ -136,7 +136,7 @@ def _disk(farm: Farm) -> Iterator[Finding]:
         yield bad("permissions", f"others can read {private}, which holds passwords", f"chmod 600 {private}")
 
 
-def _checkpoints(farm: Farm) -> Iterator[Finding]:
+def _checkpoints(farm: DirectFarm) -> Iterator[Finding]:
     found = farm.models.ls()
     if not found:
         yield bad("checkpoints", "there is none", "latentfarm models add FOLDER, FILE or HUB-ID")
@@ -149,7 +149,7 @@ def _checkpoints(farm: Farm) -> Iterator[Finding]:
             yield ok("checkpoints", f"{record.name} ({record.family}, {len(record.files)} files)")
 
 
-def _workers(farm: Farm) -> Iterator[Finding]:
+def _workers(farm: DirectFarm) -> Iterator[Finding]:
     found = farm.workers()
     if not found:
         yield bad("workers", "none is alive", "latentfarm worker, or latentfarm up")
@@ -167,7 +167,7 @@ def _workers(farm: Farm) -> Iterator[Finding]:
         yield bad("workers", f"{station} is set aside: {story}", f"mend it, then latentfarm workers release {station}")
 
 
-def _device(farm: Farm) -> Iterator[Finding]:
+def _device(farm: DirectFarm) -> Iterator[Finding]:
     if find_spec("torch") is None:
         yield ok("device", "no torch here, which producers do not need")
         return
@@ -181,7 +181,7 @@ def _device(farm: Farm) -> Iterator[Finding]:
         yield ok("device", f"{farm.settings.device} for workers that are started here")
 
 
-def _api(farm: Farm) -> Iterator[Finding]:
+def _api(farm: DirectFarm) -> Iterator[Finding]:
     if not ApiKeys(farm.ledger).are_needed():
         yield ok("API", "no keys: it answers this machine alone")
     elif farm.settings.secret_key is None and not (farm.settings.data / "secret-key").exists():

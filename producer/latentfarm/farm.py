@@ -15,10 +15,10 @@ from latentfarm_shared.embeddings.sandbox import Sandbox
 from latentfarm_shared.errors import AlreadyTaken, InvalidField, RenderError, Unavailable, UnknownName, UsageError
 from latentfarm_shared.explicit import plain_name
 from latentfarm_shared.intake import Intake
-from latentfarm_shared.ledger import Ledger, WorkerStatus
+from latentfarm_shared.ledger import JobStatus, Ledger, Limits, WorkerStatus
 from latentfarm_shared.ledger.queues import part_name, queue_name
 from latentfarm_shared.library import EmbeddingLibrary, check_owner, name_key
-from latentfarm_shared.parameters import EmbeddingUse, HiresFix, SamplingOptions, Side
+from latentfarm_shared.parameters import Side
 from latentfarm_shared.prompts.contract import Contract
 from latentfarm_shared.records import CheckpointRecord, EmbeddingRecord, Lock
 from latentfarm_shared.registry import Registry
@@ -29,6 +29,7 @@ from latentfarm_shared.tables import TableStore
 from latentfarm_shared.vocabularies import Vocabularies
 from latentfarm_shared.wakeups import make_celery, ring
 
+from latentfarm.asking import Generates
 from latentfarm.jobfiles import JobFile, read_job_file
 from latentfarm.jobs import Job
 from latentfarm.library import Embeddings, Models
@@ -38,10 +39,11 @@ from latentfarm.waiting import Cause, causes
 from latentfarm.words import nearest_words
 
 MAX_RANDOM_SEED = 2**32 - 2
+PAGE = 500
 _JOB_ID = re.compile(r"[\w-]{1,64}")
 
 
-class Farm:
+class DirectFarm(Generates[Job]):
     """Everything a user can ask of a farm."""
 
     def __init__(self, settings: Settings, owner: str | None = None) -> None:
@@ -64,7 +66,7 @@ class Farm:
         intake = Intake(self.library, self.registry, self._vocabularies, self._sandbox, self.owner)
         return Embeddings(self.library, intake, self.settings)
 
-    def seen_by(self, owner: str) -> Farm:
+    def seen_by(self, owner: str) -> DirectFarm:
         """Return the same farm in another owner's name, over the same connections."""
         other = copy.copy(self)
         other.owner = check_owner(owner)
@@ -72,7 +74,7 @@ class Farm:
         return other
 
     @classmethod
-    def from_env(cls, data: str | Path | None = None, environ: Mapping[str, str] | None = None) -> Farm:
+    def from_env(cls, data: str | Path | None = None, environ: Mapping[str, str] | None = None) -> DirectFarm:
         """Find the farm as docs/settings.md says and make sure it answers.
 
         Raises:
@@ -84,45 +86,6 @@ class Farm:
         farm.ledger.check()
         farm.store.check()
         return farm
-
-    def generate(
-        self,
-        prompt: str,
-        *,
-        negative_prompt: str = "",
-        embeddings: Sequence[str | EmbeddingUse] = (),
-        model: str = "demo",
-        sampler: str = "Euler",
-        schedule: str = "Automatic",
-        steps: int = 20,
-        cfg_scale: float = 7.0,
-        seed: int = -1,
-        width: int = 128,
-        height: int = 128,
-        clip_skip: int = 1,
-        count: int = 1,
-        lane: str = "interactive",
-        hires: HiresFix | None = None,
-        options: SamplingOptions | None = None,
-        **parameters: Any,
-    ) -> Job:
-        """Submit a job of `count` images with seeds `seed`, `seed + 1`, …; -1 draws one.
-
-        `hires` is A1111's hires fix, `options` are its sampler settings; `parameters` are the other fields of JobSpec
-        (variation_seed, rng, emphasis, tiling …). `embeddings` are names, or `NAME:neg` for the negative prompt; those the prompts do not mention are added.
-
-        Raises:
-            UsageError: what is wrong with the request, before anything is queued.
-            Unavailable: the farm does not answer.
-        """
-        uses = [EmbeddingUse.parse(use) if isinstance(use, str) else use for use in embeddings]
-        values = {
-            "prompt": prompt, "negative_prompt": negative_prompt, "embeddings": uses, "model": model,
-            "sampler": sampler, "schedule": schedule, "steps": steps, "cfg_scale": cfg_scale, "seed": seed,
-            "width": width, "height": height, "clip_skip": clip_skip, "count": count, "lane": lane,
-            "hires": hires, "options": options or SamplingOptions(),
-        }  # fmt: skip
-        return self.submit(JobSpec.check(values | parameters))
 
     def submit(self, spec: JobSpec, job_id: str | None = None, request: str | None = None) -> Job:
         """Freeze a spec to a lock, write the job down, ring the workers; return once the job is on disk.
@@ -210,8 +173,10 @@ class Farm:
         known = self.library.visible(self.owner).get(plain_name(name).lower())
         return "negative" if known is not None and known.kind == "Negative" else "positive"
 
-    def plan(self, source: JobSpec | Sequence[JobSpec] | str | Path) -> Plan:
+    def plan(self, source: JobSpec | Sequence[JobSpec] | str | Path, defaults: Mapping[str, Any] | None = None) -> Plan:
         """Tell what a job or file would do, without queueing anything: count, embeddings, long prompts, time.
+
+        `defaults` are what is meant where a file does not say.
 
         Raises:
             UsageError: what is wrong with it, as `submit` would.
@@ -219,7 +184,7 @@ class Farm:
         if isinstance(source, JobSpec):
             specs: Sequence[JobSpec] = [source]
         else:
-            specs = self.read_file(source).specs if isinstance(source, str | Path) else source
+            specs = self.read_file(source, defaults).specs if isinstance(source, str | Path) else source
         return plan(self, specs)
 
     def freeze(self, spec: JobSpec) -> tuple[JobSpec, tuple[Lock, ...]]:
@@ -326,6 +291,16 @@ class Farm:
         """Submit a job that draws an embedding at several strengths and seeds; `studies.sheet_of` lays it out."""
         return self.submit(sweep_spec(self.embeddings.show(name), name, model, prompt, strengths, seeds))
 
+    def statuses(self, limit: int = 50, state: str | None = None) -> list[JobStatus]:
+        """Return where the newest jobs stand, of those in a `state` if given."""
+        if state is None:
+            return self.ledger.jobs(limit)
+        found, before = self.ledger.jobs_before(PAGE)
+        while before is not None and sum(status.state == state for status in found) < limit:
+            page, before = self.ledger.jobs_before(PAGE, before)
+            found += page
+        return [status for status in found if status.state == state][:limit]
+
     def job(self, job_id: str) -> Job:
         """Return a job by its id or an unambiguous beginning of it.
 
@@ -381,6 +356,34 @@ class Farm:
     def workers(self) -> list[WorkerStatus]:
         """Return the workers that are alive."""
         return self.ledger.workers()
+
+    def aside(self) -> dict[str, str]:
+        """Return the workers that are set aside because they kept dying, each with its story."""
+        return self.ledger.aside()
+
+    def drain(self, station: str, *, on: bool = True) -> None:
+        """Let a worker claim nothing more, or go on.
+
+        Raises:
+            UnknownName: no worker of this name is alive.
+        """
+        self.ledger.drain(station, on=on)
+
+    def release(self, station: str) -> None:
+        """Let a worker that was set aside work again.
+
+        Raises:
+            UnknownName: none of this name is set aside.
+        """
+        self.ledger.let_back(station)
+
+    def limits(self, owner: str | None) -> Limits:
+        """Return what an owner may have; None is everybody who has no limits of their own."""
+        return self.ledger.limits(owner)
+
+    def set_limits(self, owner: str | None, limits: Limits) -> None:
+        """Set what an owner may have."""
+        self.ledger.set_limits(owner, limits)
 
     def sweep(self) -> None:
         """Take back what dead workers held and ring where wake-ups are missing; any process may, each second."""

@@ -22,6 +22,10 @@ from latentfarm_shared.sweeps.axes import Point
 from latentfarm_shared.tables import TableStore
 from latentfarm_shared.vocabularies import Vocabularies
 
+from latentfarm.bars import told
+from latentfarm.pictures import Picture, Pictures, download, job_html
+from latentfarm.waiting import Cause, causes
+
 POLL_S = (0.05, 0.5)
 PAGE = 1000
 
@@ -54,7 +58,7 @@ class ImageNotReady(FarmError):
 
 
 @dataclass(frozen=True)
-class FarmImage:
+class FarmImage(Picture):
     """One image of a job, at the moment it was asked for."""
 
     ledger: Ledger
@@ -128,14 +132,6 @@ class FarmImage:
         self.require()
         return self.store.get(self.key)
 
-    def save(self, path: str | Path) -> Path:
-        """Write the picture to a file, making its folder."""
-        path = Path(path)
-        data = self.png()
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_bytes(data)
-        return path
-
     def summary(self) -> dict[str, object]:
         """Return what the command line prints as JSON."""
         return {
@@ -195,19 +191,30 @@ class Job:
         """Return where the job stands."""
         return self.ledger.status(self.id)
 
-    def wait(self, timeout_s: float | None = None, on_change: Callable[[JobStatus], None] | None = None) -> JobStatus:
+    def wait(
+        self,
+        timeout_s: float | None = None,
+        on_change: Callable[[JobStatus], None] | None = None,
+        *,
+        progress: bool = False,
+    ) -> JobStatus:
         """Wait until every image is in a final state; `on_change` hears of every change on the way.
+
+        `progress` shows a bar, on stderr or in a notebook.
 
         Raises:
             WaitTimeout: it took longer than `timeout_s` seconds.
         """
+        with told(on_change, progress=progress) as tell:
+            return self._wait(timeout_s, tell)
+
+    def _wait(self, timeout_s: float | None, tell: Callable[[JobStatus], None]) -> JobStatus:
         started, pause, version = time.monotonic(), POLL_S[0], -1
         while True:
             status = self.status()
             if status.version != version:
                 version, pause = status.version, POLL_S[0]
-                if on_change:
-                    on_change(status)
+                tell(status)
             if status.is_final:
                 return status
             if timeout_s is not None and time.monotonic() - started > timeout_s:
@@ -260,10 +267,18 @@ class Job:
         """
         return self.store.get(manifest_key(self.id, name))
 
+    def why(self) -> list[Cause]:
+        """Return why images wait, each cause with a count and what would help; none if nothing does."""
+        return causes(self.ledger, self.id)
+
     @property
-    def images(self) -> list[FarmImage]:
+    def images(self) -> Pictures[FarmImage]:
         """All images in order, as they stand now."""
-        return list(self.iter_images())
+        return Pictures(self.iter_images())
+
+    def _repr_html_(self) -> str:
+        status = self.status()
+        return job_html(self.id, status.state, status.finished, status.total, status.prompt)
 
     def iter_images(self, start: int = 0, stop: int | None = None) -> Iterator[FarmImage]:
         """Yield images `start` to `stop` (not included), asking for them page by page."""
@@ -280,10 +295,9 @@ class Job:
         lock = locks[spec.layout.part_of(index)]
         return FarmImage(self.ledger, self.store, self.id, index, state, spec, lock, self.vocabularies, self.tables)
 
-    def download(self, folder: str | Path) -> list[Path]:
-        """Save every finished image as `<index>-<seed>.png`; return the files."""
-        return [
-            image.save(Path(folder) / f"{image.index:05d}-{image.seed}.png")
-            for image in self.iter_images()
-            if image.state == "succeeded"
-        ]
+    def download(self, folder: str | Path, on_saved: Callable[[Path], None] | None = None) -> list[Path]:
+        """Save every finished image as `<index>-<seed>.png`, several at a time; return the files.
+
+        Files that are there already are kept, so that a download may be repeated; `on_saved` hears of each.
+        """
+        return download(self.iter_images(), Path(folder), on_saved=on_saved)

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import psutil
 import pytest
-from latentfarm import Farm
+from latentfarm.farm import DirectFarm
 from latentfarm_shared.storage import ObjectStore
 
 from tests.acceptance.conftest import Up, clean_environment, eventually, start_up
@@ -28,7 +28,7 @@ def pictures(store: ObjectStore, job: str) -> int:
 def test_two_workers_share_a_job_and_one_may_leave(tmp_path: Path) -> None:
     up = start_up(tmp_path / "data", "--workers", "2", environ={"LATENTFARM_GRACE_S": "0"})
     try:
-        sdk = Farm.from_env(up.data)
+        sdk = DirectFarm.from_env(up.data)
         job = sdk.generate("a blue circle on a white background", seed=1, count=40, steps=10)
         eventually(lambda: job.status().counts["succeeded"] >= 4, 120)
         busy = [w for w in sdk.workers() if w.claims]
@@ -57,7 +57,7 @@ def test_two_workers_share_a_job_and_one_may_leave(tmp_path: Path) -> None:
 
 def test_killed_worker_loses_nothing_and_farm_survives_a_restart(tmp_path: Path) -> None:
     up = start_up(tmp_path / "data")
-    sdk = Farm.from_env(up.data)
+    sdk = DirectFarm.from_env(up.data)
     job = sdk.generate("a girl", seed=1, count=12, steps=15)
     eventually(lambda: job.status().counts["running"] > 0, 60)
     (worker,) = sdk.workers()
@@ -71,7 +71,7 @@ def test_killed_worker_loses_nothing_and_farm_survives_a_restart(tmp_path: Path)
     try:
         assert again.json("jobs", "show", job.id)["state"] == "succeeded"
         assert [e["name"] for e in again.json("embeddings", "ls")] == ["16-token-demo-neg", "corneo_dva"]
-        assert len(Farm.from_env(again.data).job(job.id).images[0].png()) > 1000
+        assert len(DirectFarm.from_env(again.data).job(job.id).images[0].png()) > 1000
     finally:
         family = children(again)
         again.process.kill()

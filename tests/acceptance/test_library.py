@@ -12,7 +12,7 @@ import pytest
 from demo_checkpoint.captions import portrait_tags
 from demo_checkpoint.classify import check
 from demo_checkpoint.inversion import CHARACTER
-from latentfarm import Farm
+from latentfarm.farm import DirectFarm
 from latentfarm_shared.infotext import read_png
 from latentfarm_shared.specs import JobSpec
 from PIL import Image
@@ -83,7 +83,7 @@ def test_commands_of_the_library(farm: Up, tmp_path: Path) -> None:
 
 
 def test_missing_embedding_may_be_done_without_and_the_record_says_so(farm: Up) -> None:
-    sdk = Farm.from_env(farm.data)
+    sdk = DirectFarm.from_env(farm.data)
     spec = JobSpec.check({"prompt": "masterpiece, <gone-1>", "on_missing": "drop", "steps": 4, "seed": 3})
 
     job = sdk.submit(spec)
@@ -100,7 +100,7 @@ def test_missing_embedding_may_be_done_without_and_the_record_says_so(farm: Up) 
 def test_adding_a_word_while_jobs_wait_changes_no_pixel(tmp_path: Path) -> None:
     up = start_up(tmp_path / "strict", environ={"LATENTFARM_DETERMINISM": "strict"})
     try:
-        sdk = Farm.from_env(up.data)
+        sdk = DirectFarm.from_env(up.data)
         prompt = "masterpiece, 1girl, blue hair"
         before = sdk.generate(prompt, seed=11, steps=8)
         before.wait(60)
@@ -149,7 +149,7 @@ def test_workers_follow_adds_and_replaces_while_jobs_run(tmp_path: Path) -> None
     write(watched / "from-folder-1.safetensors", 90)
     up = start_up(tmp_path / "farm", "--workers", "2", environ={"LATENTFARM_EMBEDDINGS_DIR": str(watched)})
     try:
-        sdk = Farm.from_env(up.data)
+        sdk = DirectFarm.from_env(up.data)
         pids = sorted(worker.pid for worker in sdk.workers())
         eventually(lambda: any(r.name == "from-folder-1" for r in sdk.embeddings.ls()))
         resident = _add_and_wait_until_resident(sdk, write(tmp_path / "idle-1.safetensors", 91))
@@ -179,7 +179,7 @@ def test_workers_follow_adds_and_replaces_while_jobs_run(tmp_path: Path) -> None
         assert up.stop() == 0
 
 
-def _add_and_wait_until_resident(sdk: Farm, path: Path) -> float:
+def _add_and_wait_until_resident(sdk: DirectFarm, path: Path) -> float:
     record = sdk.embeddings.add(path)
     began = time.monotonic()
     names = [worker.name for worker in sdk.workers()]
@@ -187,7 +187,7 @@ def _add_and_wait_until_resident(sdk: Farm, path: Path) -> float:
     return time.monotonic() - began
 
 
-def _keep_busy(sdk: Farm, stop: threading.Event) -> None:
+def _keep_busy(sdk: DirectFarm, stop: threading.Event) -> None:
     while not stop.is_set():
         sdk.generate("masterpiece, from-folder-1", count=4, steps=4, lane="batch").wait(120)
 
@@ -198,13 +198,13 @@ def test_prompt_is_packed_into_an_embedding_that_keeps_its_attributes(farm: Up, 
     packed = farm.json("embeddings", "pack", long, "--name", "packed-1x", "-o", str(tmp_path / "p.png"))
 
     assert packed["quality"] > 0.5
-    sdk = Farm.from_env(farm.data)
+    sdk = DirectFarm.from_env(farm.data)
     assert sdk.embeddings.show("packed-1x").vectors == 8
     shares = [_attributes(sdk, f"masterpiece, high quality, {text}") for text in ("packed-1x", long)]
     assert shares[0] >= 0.9 * shares[1]
 
 
-def _attributes(sdk: Farm, prompt: str) -> float:
+def _attributes(sdk: DirectFarm, prompt: str) -> float:
     job = sdk.generate(prompt, seed=700, count=16, steps=15, lane="batch")
     job.wait(120)
     found = [check(Image.open(io.BytesIO(image.png())), CHARACTER) for image in job.iter_images()]
@@ -212,7 +212,7 @@ def _attributes(sdk: Farm, prompt: str) -> float:
 
 
 def test_packing_can_be_canceled(farm: Up) -> None:
-    sdk = Farm.from_env(farm.data)
+    sdk = DirectFarm.from_env(farm.data)
     job = sdk.pack("1girl, red hair", "never-1x", steps=20_000)
     eventually(lambda: (job.status().progress or {}).get("stage") == "learning", 60)
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import boto3
 import numpy as np
 import pytest
-from latentfarm import Farm
+from latentfarm.farm import DirectFarm
 from latentfarm_demo import CHECKPOINT
 from latentfarm_shared.embeddings.sandbox import read_embedding
 from PIL import Image
@@ -55,7 +55,7 @@ def test_generate_renders_uploads_and_downloads(farm: Up, tmp_path: Path) -> Non
 
 
 def test_embedding_visibly_changes_the_picture(farm: Up) -> None:
-    sdk = Farm.from_env(farm.data)
+    sdk = DirectFarm.from_env(farm.data)
     jobs = [
         sdk.generate("masterpiece", seed=7, embeddings=e) for e in ((), ("corneo_dva",), ("16-token-demo-neg:neg",))
     ]
@@ -66,7 +66,7 @@ def test_embedding_visibly_changes_the_picture(farm: Up) -> None:
 
 
 def test_image_of_a_batch_equals_the_image_alone(farm: Up) -> None:
-    sdk = Farm.from_env(farm.data)
+    sdk = DirectFarm.from_env(farm.data)
     together = sdk.generate("a red star on a blue background", seed=100, count=4)
     alone = sdk.generate("a red star on a blue background", seed=102)
     together.wait(120)
@@ -78,7 +78,7 @@ def test_image_of_a_batch_equals_the_image_alone(farm: Up) -> None:
 
 
 def test_picture_has_its_content_type(farm: Up) -> None:
-    sdk = Farm.from_env(farm.data)
+    sdk = DirectFarm.from_env(farm.data)
     job = sdk.generate("a girl", seed=1, steps=2)
     job.wait(120)
     s = sdk.settings

@@ -8,7 +8,7 @@ import time
 from pathlib import Path
 
 import pytest
-from latentfarm.farm import Farm
+from latentfarm.farm import DirectFarm
 from latentfarm.jobs import Job
 from latentfarm_shared.errors import Busy
 from latentfarm_shared.ledger import Limits
@@ -23,7 +23,7 @@ MILLION = 1_000_000
 IMAGE_S = 0.5
 
 
-def million(farm: Farm, **values: object) -> Job:
+def million(farm: DirectFarm, **values: object) -> Job:
     given = {"prompt": "a cat", "seed": 1, "count": MILLION, "steps": 4, "width": 64, "height": 64, "lane": "batch",
              "reuse": False}  # fmt: skip
     return farm.submit(JobSpec.check(given | values))
@@ -40,7 +40,7 @@ def seconds(job: Job) -> float:
 def test_million_images_of_one_owner_leave_room_for_others(tmp_path: Path) -> None:
     with yard(tmp_path) as here, beside(lambda stop: sweeping(here.farm, stop)):
         here.start(8, IMAGE_S)
-        big, small = Farm(here.farm.settings, "ada"), Farm(here.farm.settings, "bob")
+        big, small = DirectFarm(here.farm.settings, "ada"), DirectFarm(here.farm.settings, "bob")
         stations = sorted({worker.station for worker in here.ready()})
         for station in stations[:4]:
             here.farm.ledger.drain(station)
@@ -83,7 +83,7 @@ def _fifty(seed: int) -> JobSpec:
 def test_weights_and_caps_are_kept(tmp_path: Path) -> None:
     with yard(tmp_path) as here, beside(lambda stop: sweeping(here.farm, stop)):
         here.start(2, 0.1)
-        ada, bob, eve = (million(Farm(here.farm.settings, name)) for name in ("ada", "bob", "eve"))
+        ada, bob, eve = (million(DirectFarm(here.farm.settings, name)) for name in ("ada", "bob", "eve"))
         here.farm.ledger.set_limits("bob", Limits(weight=3))
         here.farm.ledger.set_limits("eve", Limits(running=1))
         most = 0
@@ -102,7 +102,7 @@ def test_weights_and_caps_are_kept(tmp_path: Path) -> None:
 
 def test_owner_who_has_too_much_waiting_is_told_when_to_try_again(tmp_path: Path) -> None:
     with yard(tmp_path) as here:
-        ada = Farm(here.farm.settings, "ada")
+        ada = DirectFarm(here.farm.settings, "ada")
         here.farm.ledger.set_limits("ada", Limits(queued=1000))
         with pytest.raises(Busy, match="1000 may; try again in 30 s"):
             million(ada)
@@ -138,7 +138,7 @@ def test_canceled_image_frees_its_slot_within_a_second(tmp_path: Path) -> None:
 def test_everything_people_do_to_jobs_under_load(tmp_path: Path) -> None:
     with yard(tmp_path) as here, beside(lambda stop: sweeping(here.farm, stop)):
         here.start(4, 0.1)
-        crowd = million(Farm(here.farm.settings, "crowd"))
+        crowd = million(DirectFarm(here.farm.settings, "crowd"))
         gated = here.submit(60, seed=100, approve_after=10, order="spread")
         paused = here.submit(60, seed=200)
         expiring = here.submit(5000, seed=300, expires_in=4)
@@ -216,7 +216,7 @@ def test_identical_pictures_of_an_owner_are_rendered_once(tmp_path: Path) -> Non
         assert log.read_text().count("image published") == 20
         pictures = [[image.png() for image in job.images] for job in twins]
         assert pictures[0] == pictures[1]
-        other = Farm(here.farm.settings, "bob").submit(twins[0].spec.model_copy(update={"key": None}))
+        other = DirectFarm(here.farm.settings, "bob").submit(twins[0].spec.model_copy(update={"key": None}))
         assert other.wait(60).counts["succeeded"] == 20
         assert log.read_text().count("image published") == 40
 

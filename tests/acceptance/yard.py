@@ -17,7 +17,7 @@ from pathlib import Path
 import psutil
 from latentfarm.embedded.local import LocalFarm
 from latentfarm.embedded.servers import start_valkey
-from latentfarm.farm import Farm
+from latentfarm.farm import DirectFarm
 from latentfarm.jobs import Job
 from latentfarm_shared.errors import FarmError
 from latentfarm_shared.ledger import WorkerStatus
@@ -35,7 +35,7 @@ class Yard:
 
     def __init__(self, local: LocalFarm, s3: FaultyS3) -> None:
         self.local, self.s3 = local, s3
-        self.farm = Farm(local.farm.settings)
+        self.farm = DirectFarm(local.farm.settings)
         self.supervisors: list[subprocess.Popen[bytes]] = []
         self.in_flight_at_kills = 0
         self.kills = 0
@@ -205,7 +205,7 @@ def yard(data: Path) -> Iterator[Yard]:
             here.stop()
 
 
-def sweeping(farm: Farm, stop: threading.Event) -> None:
+def sweeping(farm: DirectFarm, stop: threading.Event) -> None:
     """Sweep as `latentfarm up` does."""
     while not stop.wait(0.5):
         with suppress(FarmError):

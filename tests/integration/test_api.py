@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 from fastapi.testclient import TestClient
 from latentfarm.api import create_app
-from latentfarm.farm import Farm
+from latentfarm.farm import DirectFarm
 from latentfarm.keys import ApiKeys
 from latentfarm_demo import CHECKPOINT, EMBEDDINGS
 from latentfarm_shared.ledger.ledger import translated
@@ -21,7 +21,7 @@ BASE = "http://localhost"
 
 
 @pytest.fixture
-def farm(servers: Farm) -> Farm:
+def farm(servers: DirectFarm) -> DirectFarm:
     servers.models.add(CHECKPOINT, "demo")
     for path in EMBEDDINGS.glob("*.pt"):
         servers.embeddings.add(path)
@@ -29,7 +29,7 @@ def farm(servers: Farm) -> Farm:
 
 
 @pytest.fixture
-def client(farm: Farm) -> Iterator[TestClient]:
+def client(farm: DirectFarm) -> Iterator[TestClient]:
     with TestClient(create_app(farm), base_url=BASE, raise_server_exceptions=False) as found:
         yield found
 
@@ -233,7 +233,7 @@ def test_description_names_every_route_with_its_problems(client: TestClient) -> 
 
 
 @pytest.fixture
-def keyed(farm: Farm) -> Iterator[TestClient]:
+def keyed(farm: DirectFarm) -> Iterator[TestClient]:
     """A farm whose callers need keys; the next test finds it open again."""
     ApiKeys(farm.ledger).create("ops", scopes=("admin",))
     with TestClient(create_app(farm), base_url=BASE, raise_server_exceptions=False) as found:
@@ -246,7 +246,7 @@ def bearer(word: str) -> dict[str, str]:
     return {"authorization": f"Bearer {word}"}
 
 
-def test_farm_with_keys_asks_for_one(farm: Farm, keyed: TestClient) -> None:
+def test_farm_with_keys_asks_for_one(farm: DirectFarm, keyed: TestClient) -> None:
     keys = ApiKeys(farm.ledger)
     _, word = keys.create("alice")
     expired, late = keys.create("alice", expires_in=1e-6)
@@ -264,7 +264,7 @@ def test_farm_with_keys_asks_for_one(farm: Farm, keyed: TestClient) -> None:
     keys.revoke(expired.id)
 
 
-def test_keys_are_made_and_taken_away_over_http(farm: Farm, keyed: TestClient) -> None:
+def test_keys_are_made_and_taken_away_over_http(farm: DirectFarm, keyed: TestClient) -> None:
     _, admin = ApiKeys(farm.ledger).create("ops", scopes=("admin",))
     made = keyed.post("/api/v1/keys", json={"owner": "bob", "scopes": ["read"]}, headers=bearer(admin)).json()
     bobs = bearer(made["key"])
@@ -276,7 +276,7 @@ def test_keys_are_made_and_taken_away_over_http(farm: Farm, keyed: TestClient) -
     ApiKeys(farm.ledger)._seen.clear()
 
 
-def test_key_may_have_so_many_images_and_requests(farm: Farm, keyed: TestClient) -> None:
+def test_key_may_have_so_many_images_and_requests(farm: DirectFarm, keyed: TestClient) -> None:
     keys = ApiKeys(farm.ledger)
     _, few = keys.create("alice", images=3)
     _, slow = keys.create("alice", requests_per_minute=2)
@@ -291,7 +291,7 @@ def test_key_may_have_so_many_images_and_requests(farm: Farm, keyed: TestClient)
     assert int(keyed.get("/api/v1/whoami", headers=bearer(slow)).headers["retry-after"]) >= 1
 
 
-def test_owner_never_sees_or_stops_anothers_work(farm: Farm, keyed: TestClient) -> None:
+def test_owner_never_sees_or_stops_anothers_work(farm: DirectFarm, keyed: TestClient) -> None:
     """Every route that names a job, an image, a file, a batch or a task is tried on somebody else's."""
     keys = ApiKeys(farm.ledger)
     alice, bob = (bearer(keys.create(owner)[1]) for owner in ("alice", "bob"))
@@ -337,7 +337,7 @@ def test_owner_never_sees_or_stops_anothers_work(farm: Farm, keyed: TestClient) 
     assert keyed.get("/internal/pending-tasks", headers=alice).json()["size"] == 1
 
 
-def test_embeddings_of_others_are_unknown(farm: Farm, keyed: TestClient) -> None:
+def test_embeddings_of_others_are_unknown(farm: DirectFarm, keyed: TestClient) -> None:
     keys = ApiKeys(farm.ledger)
     alice, bob = (bearer(keys.create(owner)[1]) for owner in ("alice", "bob"))
     name = f"own_{secrets.token_hex(4)}"
@@ -352,7 +352,7 @@ def test_embeddings_of_others_are_unknown(farm: Farm, keyed: TestClient) -> None
     assert keyed.delete("/api/v1/embeddings/corneo_dva", headers=bob).status_code == 404, "the farm's are not bob's"
 
 
-def test_serving_others_without_keys_is_refused(farm: Farm) -> None:
+def test_serving_others_without_keys_is_refused(farm: DirectFarm) -> None:
     from latentfarm.api.serving import serve  # noqa: PLC0415
     from latentfarm_shared.errors import InvalidField  # noqa: PLC0415
 
@@ -361,7 +361,7 @@ def test_serving_others_without_keys_is_refused(farm: Farm) -> None:
 
 
 def test_logs_hold_no_secrets(
-    farm: Farm, keyed: TestClient, capsys: pytest.CaptureFixture[str], tmp_path: Path
+    farm: DirectFarm, keyed: TestClient, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
     _, word = ApiKeys(farm.ledger).create("alice")
     secret = f"secret{secrets.token_hex(6)}"
@@ -375,7 +375,7 @@ def test_logs_hold_no_secrets(
     assert secret not in written
 
 
-def test_webhook_for_somebody_elses_job_is_refused(farm: Farm, keyed: TestClient) -> None:
+def test_webhook_for_somebody_elses_job_is_refused(farm: DirectFarm, keyed: TestClient) -> None:
     keys = ApiKeys(farm.ledger)
     alice, bob = (bearer(keys.create(owner)[1]) for owner in ("alice", "bob"))
     job = keyed.post("/api/v1/jobs", json={"prompt": "a girl"}, headers=alice).json()["id"]

@@ -13,7 +13,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis.errors import Unsatisfiable
 from latentfarm.api import create_app
 from latentfarm.embedded.local import LocalFarm
-from latentfarm.farm import Farm
+from latentfarm.farm import DirectFarm
 from latentfarm.keys import SCOPES, ApiKeys
 from schemathesis import GenerationMode
 from schemathesis.checks import not_a_server_error
@@ -26,14 +26,14 @@ HURRIED = {"X-Farm-Wait": "0"}  # there is no worker to wait for
 
 
 @pytest.fixture
-def farm(tmp_path: Path) -> Iterator[Farm]:
+def farm(tmp_path: Path) -> Iterator[DirectFarm]:
     """A farm of its own, for what is sent here leaves traces everywhere."""
     with LocalFarm(tmp_path, workers=0) as local:
         yield local.farm
 
 
 @pytest.mark.timeout(600)
-def test_every_route_answers_as_it_is_described(farm: Farm) -> None:
+def test_every_route_answers_as_it_is_described(farm: DirectFarm) -> None:
     _, word = ApiKeys(farm.ledger).create("ops", scopes=SCOPES)
     headers = HURRIED | {"host": "localhost", "authorization": f"Bearer {word}"}
     schema = schemathesis.openapi.from_asgi("/openapi.json", create_app(farm), headers=headers)

@@ -6,23 +6,23 @@ from collections.abc import Iterator
 
 import pytest
 from latentfarm.doctor import Finding, examine
-from latentfarm.farm import Farm
+from latentfarm.farm import DirectFarm
 from latentfarm_demo import CHECKPOINT
 from latentfarm_shared.registry import blob_key
 
 
-def of(farm: Farm, part: str) -> list[Finding]:
+def of(farm: DirectFarm, part: str) -> list[Finding]:
     return [finding for finding in examine(farm) if finding.part == part]
 
 
 @pytest.fixture
-def farm(servers: Farm) -> Iterator[Farm]:
+def farm(servers: DirectFarm) -> Iterator[DirectFarm]:
     servers.models.add(CHECKPOINT, "demo")
     yield servers
     servers.ledger.redis.config_set("maxmemory-policy", "noeviction")
 
 
-def test_all_is_well_but_for_the_workers_that_are_not_there(farm: Farm) -> None:
+def test_all_is_well_but_for_the_workers_that_are_not_there(farm: DirectFarm) -> None:
     found = list(examine(farm))
 
     assert {finding.part for finding in found if finding.verdict != "ok"} <= {"workers", "disk"}
@@ -32,13 +32,13 @@ def test_all_is_well_but_for_the_workers_that_are_not_there(farm: Farm) -> None:
     assert all(finding.advice for finding in found if finding.verdict != "ok")
 
 
-def test_redis_that_may_throw_jobs_away_is_bad(farm: Farm) -> None:
+def test_redis_that_may_throw_jobs_away_is_bad(farm: DirectFarm) -> None:
     farm.ledger.redis.config_set("maxmemory-policy", "allkeys-lru")
 
     assert "noeviction" in next(f for f in of(farm, "memory") if f.verdict == "bad").advice
 
 
-def test_checkpoint_whose_files_are_gone_is_bad(farm: Farm) -> None:
+def test_checkpoint_whose_files_are_gone_is_bad(farm: DirectFarm) -> None:
     record = farm.models.show("demo")
     small = min(record.files, key=lambda file: file.size)
     data = farm.store.get(blob_key(small.sha256))
@@ -49,8 +49,8 @@ def test_checkpoint_whose_files_are_gone_is_bad(farm: Farm) -> None:
         farm.store.put(blob_key(small.sha256), data)
 
 
-def test_one_trouble_hides_none_of_the_others(farm: Farm) -> None:
-    away = Farm(farm.settings.model_copy(update={"s3_endpoint": "http://127.0.0.1:9"}))
+def test_one_trouble_hides_none_of_the_others(farm: DirectFarm) -> None:
+    away = DirectFarm(farm.settings.model_copy(update={"s3_endpoint": "http://127.0.0.1:9"}))
     found = list(examine(away))
 
     assert [f.verdict for f in found if f.part == "S3"] == ["bad"]

@@ -17,7 +17,7 @@ from latentfarm import addresses, downloads
 from latentfarm.addresses import is_public
 from latentfarm.civitai import is_civitai
 from latentfarm.downloads import Downloader
-from latentfarm.farm import Farm
+from latentfarm.farm import DirectFarm
 from latentfarm_demo import CHECKPOINT
 from latentfarm_shared.errors import FarmError, InvalidField, Unavailable, UnreadableFile
 from safetensors.numpy import save
@@ -115,11 +115,11 @@ def version(site: Site, **changes: Any) -> dict[str, Any]:
 
 
 @pytest.fixture
-def civitai(servers: Farm, site: Site, store: Site) -> Farm:
+def civitai(servers: DirectFarm, site: Site, store: Site) -> DirectFarm:
     """A farm that takes `site` for Civitai; its downloads are redirected to `store`."""
     servers.models.add(CHECKPOINT, "demo")
     changes = {"civitai_url": site.url, "civitai_token": TOKEN, "allow_private_urls": True}
-    farm = Farm(servers.settings.model_copy(update=changes))
+    farm = DirectFarm(servers.settings.model_copy(update=changes))
     for record in farm.embeddings.ls():
         farm.embeddings.rm(record.name, force=True)
     site.answers["/api/v1/model-versions/9208"] = lambda h: as_json(h, version(site))
@@ -139,7 +139,7 @@ def civitai(servers: Farm, site: Site, store: Site) -> Farm:
         "https://civitai.com/api/download/models/9208",
     ],
 )
-def test_version_is_taken_by_id_page_and_air(civitai: Farm, site: Site, store: Site, source: str) -> None:
+def test_version_is_taken_by_id_page_and_air(civitai: DirectFarm, site: Site, store: Site, source: str) -> None:
     record = civitai.embeddings.add(source.format(url=site.url))
 
     (told,) = civitai.library.sources(record.content_id)
@@ -154,7 +154,7 @@ def test_version_is_taken_by_id_page_and_air(civitai: Farm, site: Site, store: S
     assert TOKEN not in str(told)
 
 
-def test_page_without_a_version_gives_the_newest_and_hashes_are_looked_up(civitai: Farm, site: Site) -> None:
+def test_page_without_a_version_gives_the_newest_and_hashes_are_looked_up(civitai: DirectFarm, site: Site) -> None:
     newest = version(site)
     page = {"id": 7808, "name": "EasyTest", "type": "TextualInversion", "modelVersions": [newest, newest | {"id": 1}]}
     site.answers["/api/v1/models/7808"] = lambda h: as_json(h, page)
@@ -165,7 +165,7 @@ def test_page_without_a_version_gives_the_newest_and_hashes_are_looked_up(civita
     assert civitai.embeddings.add(f"civitai:{digest[:10]}").name == "EasyTest-1"
 
 
-def test_positive_and_negative_files_of_a_version_are_both_taken(civitai: Farm, site: Site) -> None:
+def test_positive_and_negative_files_of_a_version_are_both_taken(civitai: DirectFarm, site: Site) -> None:
     found = version(site)
     pickled = found["files"][0] | {"name": "EasyTest-1.pt", "metadata": {"format": "PickleTensor"}}
     other = found["files"][0] | {
@@ -207,7 +207,9 @@ def test_positive_and_negative_files_of_a_version_are_both_taken(civitai: Farm, 
         "odd files",
     ],
 )
-def test_what_should_not_be_taken_is_not(civitai: Farm, site: Site, answer: Callable[[Site], Any], says: str) -> None:
+def test_what_should_not_be_taken_is_not(
+    civitai: DirectFarm, site: Site, answer: Callable[[Site], Any], says: str
+) -> None:
     found = answer(site)
     site.answers["/api/v1/model-versions/9208"] = lambda h: as_json(h, found)
 
@@ -228,14 +230,16 @@ def test_what_should_not_be_taken_is_not(civitai: Farm, site: Site, answer: Call
         (200, b"<html>checking your browser</html>", "sha256|web page"),
     ],
 )
-def test_download_that_is_refused_says_why(civitai: Farm, site: Site, status: int, body: bytes, says: str) -> None:
+def test_download_that_is_refused_says_why(
+    civitai: DirectFarm, site: Site, status: int, body: bytes, says: str
+) -> None:
     site.serve("/api/download/models/9208", body, status, Content_Type="application/json")
 
     with pytest.raises(UnreadableFile, match=says):
         civitai.embeddings.add("civitai:9208")
 
 
-def test_too_many_requests_are_waited_for(civitai: Farm, site: Site) -> None:
+def test_too_many_requests_are_waited_for(civitai: DirectFarm, site: Site) -> None:
     site.serve("/api/download/models/9208", b"{}", 429, Retry_After="0")
     calm = threading.Timer(0.2, lambda: site.serve("/api/download/models/9208", DATA))
     calm.start()
@@ -253,7 +257,7 @@ def _slow_429(site: Site) -> Answer:
     return answer
 
 
-def test_waiting_that_would_take_too_long_is_told(civitai: Farm, site: Site) -> None:
+def test_waiting_that_would_take_too_long_is_told(civitai: DirectFarm, site: Site) -> None:
     site.serve("/api/download/models/9208", b"{}", 429, Retry_After="3600")
 
     with pytest.raises(Unavailable, match="try again in 3600 s"):
@@ -261,7 +265,7 @@ def test_waiting_that_would_take_too_long_is_told(civitai: Farm, site: Site) -> 
 
 
 def test_download_that_breaks_off_goes_on_where_it_ended(
-    civitai: Farm, site: Site, monkeypatch: pytest.MonkeyPatch
+    civitai: DirectFarm, site: Site, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(downloads, "READ_S", 0.5)
     ranges: list[str | None] = []
@@ -284,7 +288,7 @@ def test_download_that_breaks_off_goes_on_where_it_ended(
     assert len(ranges) > 2
 
 
-def test_body_that_drips_is_left_in_the_end(civitai: Farm, site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_body_that_drips_is_left_in_the_end(civitai: DirectFarm, site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(downloads, "TOTAL_S", 0.3)
 
     def answer(handler: BaseHTTPRequestHandler) -> None:
@@ -305,7 +309,7 @@ def test_body_that_drips_is_left_in_the_end(civitai: Farm, site: Site, monkeypat
     assert time.monotonic() - began < 5
 
 
-def test_server_that_ignores_ranges_is_believed_from_the_start(civitai: Farm, site: Site) -> None:
+def test_server_that_ignores_ranges_is_believed_from_the_start(civitai: DirectFarm, site: Site) -> None:
     sent: list[int] = []
 
     def answer(handler: BaseHTTPRequestHandler) -> None:
@@ -320,7 +324,7 @@ def test_server_that_ignores_ranges_is_believed_from_the_start(civitai: Farm, si
     assert civitai.embeddings.add("civitai:9208").vectors == 4
 
 
-def test_token_goes_to_nobody_whom_the_site_names(civitai: Farm, site: Site, store: Site) -> None:
+def test_token_goes_to_nobody_whom_the_site_names(civitai: DirectFarm, site: Site, store: Site) -> None:
     found = version(site, file={"downloadUrl": f"{store.url}/presigned"})
     site.answers["/api/v1/model-versions/9208"] = lambda h: as_json(h, found)
 
@@ -330,7 +334,7 @@ def test_token_goes_to_nobody_whom_the_site_names(civitai: Farm, site: Site, sto
     assert not any("Authorization" in headers for _, headers in store.seen)
 
 
-def test_token_in_a_pasted_link_is_kept_nowhere(civitai: Farm, site: Site) -> None:
+def test_token_in_a_pasted_link_is_kept_nowhere(civitai: DirectFarm, site: Site) -> None:
     record = civitai.embeddings.add(f"{site.url}/api/download/models/9208?token=SECRET")
     (failed,) = civitai.embeddings.add_all(f"{site.url}/api/download/models/77?token=SECRET")
 
@@ -338,7 +342,7 @@ def test_token_in_a_pasted_link_is_kept_nowhere(civitai: Farm, site: Site) -> No
     assert "SECRET" not in f"{failed.source} {failed.error}"
 
 
-def test_permissions_come_from_the_page(civitai: Farm, site: Site) -> None:
+def test_permissions_come_from_the_page(civitai: DirectFarm, site: Site) -> None:
     page = {"id": 7808, "type": "TextualInversion", "allowNoCredit": False, "allowCommercialUse": ["Sell"]}
     site.answers["/api/v1/models/7808"] = lambda h: as_json(h, page)
 
@@ -347,7 +351,7 @@ def test_permissions_come_from_the_page(civitai: Farm, site: Site) -> None:
     assert "allowNoCredit: False" in source.licence
 
 
-def test_preview_that_breaks_off_or_bursts_is_done_without(civitai: Farm, site: Site) -> None:
+def test_preview_that_breaks_off_or_bursts_is_done_without(civitai: DirectFarm, site: Site) -> None:
     def broken(handler: BaseHTTPRequestHandler) -> None:
         handler.send_response(200)
         handler.send_header("Content-Length", "100000")
@@ -485,7 +489,7 @@ def test_strange_address_is_refused(anywhere: Downloader, url: str) -> None:
         pass
 
 
-def test_address_gives_the_name_and_keeps_its_query_to_itself(civitai: Farm, site: Site) -> None:
+def test_address_gives_the_name_and_keeps_its_query_to_itself(civitai: DirectFarm, site: Site) -> None:
     site.serve("/files/My%20Style-7.safetensors")
 
     record = civitai.embeddings.add(f"{site.url}/files/My%20Style-7.safetensors?token=secret")

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from latentfarm.farm import Farm
+from latentfarm.farm import DirectFarm
 from latentfarm_demo import CHECKPOINT
 from latentfarm_shared.intake import Intake
 from latentfarm_shared.library import name_key
@@ -29,7 +29,7 @@ def look(watch: FolderWatch) -> None:
 
 
 @pytest.fixture
-def intake(servers: Farm) -> Intake:
+def intake(servers: DirectFarm) -> Intake:
     servers.models.add(CHECKPOINT, "demo")
     for record in servers.embeddings.ls():
         servers.embeddings.rm(record.name, force=True)
@@ -42,12 +42,12 @@ def watch(tmp_path: Path, intake: Intake) -> FolderWatch:
     return FolderWatch(tmp_path, intake)
 
 
-def names(farm: Farm) -> set[str]:
+def names(farm: DirectFarm) -> set[str]:
     return {record.name for record in farm.embeddings.ls()}
 
 
 def test_files_are_taken_as_they_come_change_and_are_disabled(
-    servers: Farm, watch: FolderWatch, tmp_path: Path
+    servers: DirectFarm, watch: FolderWatch, tmp_path: Path
 ) -> None:
     write(tmp_path / "first-1.safetensors", 0.1)
     (tmp_path / "broken.pt").write_bytes(b"PK nothing")
@@ -77,7 +77,7 @@ def test_files_are_taken_as_they_come_change_and_are_disabled(
     assert servers.embeddings.show("first-1").state == "active"
 
 
-def test_file_that_still_grows_is_waited_for(servers: Farm, watch: FolderWatch, tmp_path: Path) -> None:
+def test_file_that_still_grows_is_waited_for(servers: DirectFarm, watch: FolderWatch, tmp_path: Path) -> None:
     watch.look()
     whole = write(tmp_path / "slow-1.safetensors", 0.1).read_bytes()
     (tmp_path / "slow-1.safetensors").write_bytes(whole[:500])
@@ -91,7 +91,7 @@ def test_file_that_still_grows_is_waited_for(servers: Farm, watch: FolderWatch, 
     assert names(servers) == {"slow-1"}
 
 
-def test_restart_does_not_undo_what_people_did_since(servers: Farm, watch: FolderWatch, tmp_path: Path) -> None:
+def test_restart_does_not_undo_what_people_did_since(servers: DirectFarm, watch: FolderWatch, tmp_path: Path) -> None:
     for name in ("replaced-1", "removed-1", "same-1"):
         write(tmp_path / f"{name}.safetensors", 0.1)
     look(watch)
@@ -106,7 +106,7 @@ def test_restart_does_not_undo_what_people_did_since(servers: Farm, watch: Folde
     assert len(list(servers.library.history(name_key("", "same-1")))) == 1
 
 
-def test_of_two_files_with_one_stem_the_first_counts(servers: Farm, watch: FolderWatch, tmp_path: Path) -> None:
+def test_of_two_files_with_one_stem_the_first_counts(servers: DirectFarm, watch: FolderWatch, tmp_path: Path) -> None:
     first = write(tmp_path / "a" / "twin-1.safetensors", 0.1)
     write(tmp_path / "b" / "Twin-1.pt", 0.2)
 
@@ -117,7 +117,7 @@ def test_of_two_files_with_one_stem_the_first_counts(servers: Farm, watch: Folde
 
 
 def test_name_that_prompts_use_is_not_taken_by_dropping_a_file(
-    servers: Farm, watch: FolderWatch, tmp_path: Path
+    servers: DirectFarm, watch: FolderWatch, tmp_path: Path
 ) -> None:
     write(tmp_path / "girl.safetensors", 0.1)
 

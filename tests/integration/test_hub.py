@@ -8,7 +8,7 @@ from pathlib import Path
 from threading import Thread
 
 import pytest
-from latentfarm.farm import Farm
+from latentfarm.farm import DirectFarm
 from latentfarm.library import Models
 from latentfarm_demo import CHECKPOINT
 from latentfarm_shared.checkpoints import is_hub_id
@@ -90,7 +90,7 @@ def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[str, 
 
 
 def test_hub_checkpoint_is_recorded_without_its_weights_and_fetched_by_a_worker(
-    servers: Farm, hub: tuple[str, list[str]], tmp_path: Path
+    servers: DirectFarm, hub: tuple[str, list[str]], tmp_path: Path
 ) -> None:
     endpoint, downloads = hub
     record = Models(servers.registry, endpoint).add(f"{REPOSITORY}@main")
@@ -105,12 +105,12 @@ def test_hub_checkpoint_is_recorded_without_its_weights_and_fetched_by_a_worker(
     assert (folder / weights).read_bytes() == (CHECKPOINT / weights).read_bytes()
 
 
-def test_id_the_hub_does_not_know_is_refused(servers: Farm, hub: tuple[str, list[str]]) -> None:
+def test_id_the_hub_does_not_know_is_refused(servers: DirectFarm, hub: tuple[str, list[str]]) -> None:
     with pytest.raises(UnreadableFile, match="someone/else"):
         Models(servers.registry, hub[0]).add("someone/else")
 
 
-def test_hub_that_does_not_answer_is_one_sentence(servers: Farm) -> None:
+def test_hub_that_does_not_answer_is_one_sentence(servers: DirectFarm) -> None:
     with pytest.raises(Unavailable, match="hub"):
         Models(servers.registry, "http://127.0.0.1:1").add("someone/else")
 

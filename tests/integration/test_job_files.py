@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from latentfarm.farm import Farm
+from latentfarm.farm import DirectFarm
 from latentfarm.jobfiles import InvalidRows
 from latentfarm_demo import EMBEDDINGS
 from latentfarm_shared.housekeeping import Housekeeper, manifest_key
@@ -41,7 +41,7 @@ expires_in: 2d
 
 
 @pytest.fixture
-def farm(servers: Farm) -> Iterator[Farm]:
+def farm(servers: DirectFarm) -> Iterator[DirectFarm]:
     if "demo" not in servers.registry.checkpoints():  # another test may have emptied the index
         servers.registry.reindex()
         servers.library.reindex()
@@ -61,7 +61,7 @@ def write(path: Path, text: str) -> Path:
     return path
 
 
-def render_all(farm: Farm, job: str, *, fails: tuple[int, ...] = ()) -> None:
+def render_all(farm: DirectFarm, job: str, *, fails: tuple[int, ...] = ()) -> None:
     """Claim and finish images as a worker would, without pictures."""
     checkpoint = farm.ledger.locks(job)[0].checkpoint.hash
     queues = [f"{lane}:{checkpoint}" for lane in LANES]
@@ -72,7 +72,7 @@ def render_all(farm: Farm, job: str, *, fails: tuple[int, ...] = ()) -> None:
             farm.ledger.succeed(claim, "w")
 
 
-def test_sweep_file_says_what_its_sections_say(farm: Farm, tmp_path: Path) -> None:
+def test_sweep_file_says_what_its_sections_say(farm: DirectFarm, tmp_path: Path) -> None:
     (job,) = farm.submit_file(write(tmp_path / "sweep.yaml", SWEEP))
     spec = job.spec
 
@@ -83,7 +83,7 @@ def test_sweep_file_says_what_its_sections_say(farm: Farm, tmp_path: Path) -> No
     assert image.job.negative_prompt in ("bad, blurry", "bad, low quality")
 
 
-def test_same_file_again_is_the_same_job_and_resumes(farm: Farm, tmp_path: Path) -> None:
+def test_same_file_again_is_the_same_job_and_resumes(farm: DirectFarm, tmp_path: Path) -> None:
     path = write(tmp_path / "rows.jsonl", '{"prompt": "a"}\n{"prompt": "b", "seed": 5, "count": 2}\n')
     (job,) = farm.submit_file(path)
     render_all(farm, job.id, fails=(1,))
@@ -97,7 +97,7 @@ def test_same_file_again_is_the_same_job_and_resumes(farm: Farm, tmp_path: Path)
     assert [image.seed for image in anew.images][1:] == [5, 6]
 
 
-def test_rows_of_other_checkpoints_and_lanes_are_jobs_of_their_own(farm: Farm, tmp_path: Path) -> None:
+def test_rows_of_other_checkpoints_and_lanes_are_jobs_of_their_own(farm: DirectFarm, tmp_path: Path) -> None:
     rows = [{"prompt": "a"}, {"prompt": "b", "lane": "interactive"}, {"prompt": "c"}]
     path = write(tmp_path / "rows.jsonl", "\n".join(map(json.dumps, rows)))
     jobs = farm.submit_file(path, defaults={"lane": "batch"})
@@ -105,7 +105,7 @@ def test_rows_of_other_checkpoints_and_lanes_are_jobs_of_their_own(farm: Farm, t
     assert sorted((job.spec.lane, job.spec.total) for job in jobs) == [("batch", 2), ("interactive", 1)]
 
 
-def test_embeddings_of_rows_stand_in_their_prompts(farm: Farm, tmp_path: Path) -> None:
+def test_embeddings_of_rows_stand_in_their_prompts(farm: DirectFarm, tmp_path: Path) -> None:
     text = "prompt,embeddings,steps\ngirl,corneo_dva;16-token-demo-neg,7\nboy,,8\n"
     (job,) = farm.submit_file(write(tmp_path / "rows.csv", text))
 
@@ -117,7 +117,7 @@ def test_embeddings_of_rows_stand_in_their_prompts(farm: Farm, tmp_path: Path) -
     assert {record.name for record in job.lock.embeddings} == {"corneo_dva", "16-token-demo-neg"}
 
 
-def test_every_wrong_row_is_told_with_its_place_and_nothing_is_queued(farm: Farm, tmp_path: Path) -> None:
+def test_every_wrong_row_is_told_with_its_place_and_nothing_is_queued(farm: DirectFarm, tmp_path: Path) -> None:
     rows = [
         '{"prompt": "a"}',
         '{"prompt": "b", "step": 5}',
@@ -136,7 +136,7 @@ def test_every_wrong_row_is_told_with_its_place_and_nothing_is_queued(farm: Farm
     assert [job.id for job in farm.jobs()] == before
 
 
-def test_plan_tells_what_would_happen_and_queues_nothing(farm: Farm, tmp_path: Path) -> None:
+def test_plan_tells_what_would_happen_and_queues_nothing(farm: DirectFarm, tmp_path: Path) -> None:
     long = ", ".join(["masterpiece"] * 90)
     rows = [{"prompt": "corneo_dva"}, {"prompt": "corneo_dva", "seed": 3}, {"prompt": "a", "seed": 3},
             {"prompt": "a", "seed": 3}, {"prompt": long}, {"prompt": "x", "embeddings": ["nobody"]}]  # fmt: skip
@@ -153,7 +153,7 @@ def test_plan_tells_what_would_happen_and_queues_nothing(farm: Farm, tmp_path: P
     assert [job.id for job in farm.jobs()] == before
 
 
-def test_manifest_is_whole_whoever_dies_and_failures_can_be_submitted_again(farm: Farm, tmp_path: Path) -> None:
+def test_manifest_is_whole_whoever_dies_and_failures_can_be_submitted_again(farm: DirectFarm, tmp_path: Path) -> None:
     job = farm.submit(JobSpec.check({"prompt": "a", "seed": 1, "count": 2500, "order": "random", "steps": 7}))
     render_all(farm, job.id, fails=(3, 2000))
     keeper = Housekeeper(farm.ledger, farm.store)
@@ -177,7 +177,7 @@ def test_manifest_is_whole_whoever_dies_and_failures_can_be_submitted_again(farm
     assert job.id not in farm.ledger.dirty()
 
 
-def test_job_is_deleted_when_its_time_is_over_and_no_other(farm: Farm) -> None:
+def test_job_is_deleted_when_its_time_is_over_and_no_other(farm: DirectFarm) -> None:
     kept = farm.submit(JobSpec.check({"prompt": "a", "seed": 1, "lane": "batch"}))
     gone = farm.submit(JobSpec.check({"prompt": "a", "seed": 2, "keep": 0.001, "lane": "batch"}))
     farm.store.put(f"jobs/{gone.id}/000000.png", b"x")
@@ -197,7 +197,7 @@ def test_job_is_deleted_when_its_time_is_over_and_no_other(farm: Farm) -> None:
     assert kept.status().state == "succeeded"
 
 
-def test_client_key_makes_a_submission_repeatable(farm: Farm) -> None:
+def test_client_key_makes_a_submission_repeatable(farm: DirectFarm) -> None:
     key = secrets.token_hex(4)
     jobs = [farm.submit(JobSpec.check({"prompt": "a", "count": 3, "key": key})) for _ in range(2)]
 
@@ -205,7 +205,7 @@ def test_client_key_makes_a_submission_repeatable(farm: Farm) -> None:
     assert [job.is_known for job in jobs] == [False, True]
 
 
-def test_seeds_of_a_row_count_up_from_the_one_drawn(farm: Farm, tmp_path: Path) -> None:
+def test_seeds_of_a_row_count_up_from_the_one_drawn(farm: DirectFarm, tmp_path: Path) -> None:
     rows = [
         {"prompt": "a", "count": 3},
         {"prompt": "b", "count": 2, "seed": 5, "variation_strength": 0.1, "variation_seed": 7},
@@ -217,7 +217,7 @@ def test_seeds_of_a_row_count_up_from_the_one_drawn(farm: Farm, tmp_path: Path) 
     assert [(image.seed, image.variation_seed) for image in images[3:]] == [(5, 7), (5, 8)]
 
 
-def test_seed_beyond_the_last_is_told_in_its_line(farm: Farm, tmp_path: Path) -> None:
+def test_seed_beyond_the_last_is_told_in_its_line(farm: DirectFarm, tmp_path: Path) -> None:
     rows = [{"prompt": "a"}, {"prompt": "b", "seed": 2**32 - 1, "count": 2}]
     with pytest.raises(InvalidRows) as found:
         farm.submit_file(write(tmp_path / "rows.jsonl", "\n".join(map(json.dumps, rows))))

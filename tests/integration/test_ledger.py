@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import pytest
-from latentfarm.farm import Farm
+from latentfarm.farm import DirectFarm
 from latentfarm_shared.errors import AlreadyTaken, InvalidField, Unavailable, UnknownName
 from latentfarm_shared.ledger import Claim, Ledger
 from latentfarm_shared.ledger.queues import queue_name
@@ -23,7 +23,7 @@ QUEUES = (QUEUE, BATCH_QUEUE)
 
 
 @pytest.fixture
-def ledger(servers: Farm) -> Iterator[Ledger]:
+def ledger(servers: DirectFarm) -> Iterator[Ledger]:
     servers.ledger.redis.flushdb()
     servers.ledger.sweep(at_once=True)
     yield servers.ledger
@@ -525,7 +525,7 @@ def test_unknown_job_is_an_error_not_a_state(ledger: Ledger) -> None:
     ("change", "says"),
     [({"redis_password": "wrong"}, "denied"), ({"redis_url": "redis://127.0.0.1:1/0"}, "no answer")],
 )
-def test_redis_trouble_is_one_sentence(servers: Farm, change: dict[str, str], says: str) -> None:
+def test_redis_trouble_is_one_sentence(servers: DirectFarm, change: dict[str, str], says: str) -> None:
     settings: Settings = servers.settings.model_copy(update=change)
 
     with pytest.raises(Unavailable, match=says):

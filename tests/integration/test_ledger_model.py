@@ -20,7 +20,7 @@ from hypothesis.stateful import (
     rule,
     run_state_machine_as_test,
 )
-from latentfarm.farm import Farm
+from latentfarm.farm import DirectFarm
 from latentfarm_shared.errors import AlreadyTaken, Busy, InvalidField, UnknownName
 from latentfarm_shared.ledger import Claim, ImageState, JobState, Ledger, Limits
 from latentfarm_shared.ledger.queues import queue_name
@@ -652,7 +652,7 @@ class LedgerMachine(RuleBasedStateMachine):
         assert [key for pattern in patterns for key in self.redis.keys(pattern)] == []
 
 
-def test_ledger_does_what_the_model_says(servers: Farm) -> None:
+def test_ledger_does_what_the_model_says(servers: DirectFarm) -> None:
     is_soak = settings.get_current_profile_name() == "soak"
     amount = settings() if is_soak else settings(max_examples=40, stateful_step_count=40, derandomize=True)
 

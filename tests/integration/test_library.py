@@ -12,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from latentfarm.farm import Farm
+from latentfarm.farm import DirectFarm
 from latentfarm_demo import CHECKPOINT
 from latentfarm_shared.embeddings.sandbox import NotAnEmbedding, read_embedding
 from latentfarm_shared.errors import EmbeddingInUse, EmbeddingRefused, InvalidField, UnknownName
@@ -29,7 +29,7 @@ WIDTH = 128
 
 
 @pytest.fixture
-def farm(servers: Farm) -> Farm:
+def farm(servers: DirectFarm) -> DirectFarm:
     """The farm's servers, without what earlier tests left."""
     servers.models.add(CHECKPOINT, "demo")
     for record in servers.embeddings.ls():
@@ -44,7 +44,7 @@ def write(path: Path, value: float, vectors: int = 2, width: int = WIDTH) -> Pat
     return path
 
 
-def test_same_tensors_from_two_containers_are_one_embedding_with_two_sources(farm: Farm, tmp_path: Path) -> None:
+def test_same_tensors_from_two_containers_are_one_embedding_with_two_sources(farm: DirectFarm, tmp_path: Path) -> None:
     first = farm.embeddings.add(write(tmp_path / "style-1.safetensors", 0.5))
     exported = farm.embeddings.export("style-1", tmp_path / "again", "a1111")
 
@@ -56,7 +56,7 @@ def test_same_tensors_from_two_containers_are_one_embedding_with_two_sources(far
     assert farm.library.original(first.file_sha256) == (tmp_path / "style-1.safetensors").read_bytes()
 
 
-def test_name_that_is_taken_gets_a_new_version_and_the_old_one_has_an_address(farm: Farm, tmp_path: Path) -> None:
+def test_name_that_is_taken_gets_a_new_version_and_the_old_one_has_an_address(farm: DirectFarm, tmp_path: Path) -> None:
     old = farm.embeddings.add(write(tmp_path / "moving-1.safetensors", 0.1))
     new = farm.embeddings.add(write(tmp_path / "moving-1.safetensors", 0.2))
 
@@ -71,7 +71,7 @@ def test_name_that_is_taken_gets_a_new_version_and_the_old_one_has_an_address(fa
     job.cancel()
 
 
-def test_job_keeps_the_version_it_pinned_while_the_name_moves_on(farm: Farm, tmp_path: Path) -> None:
+def test_job_keeps_the_version_it_pinned_while_the_name_moves_on(farm: DirectFarm, tmp_path: Path) -> None:
     old = farm.embeddings.add(write(tmp_path / "pinned-1.safetensors", 0.1))
     job = farm.generate("a girl, pinned-1")
 
@@ -81,7 +81,7 @@ def test_job_keeps_the_version_it_pinned_while_the_name_moves_on(farm: Farm, tmp
     assert farm.generate("a girl, pinned-1").lock.embeddings[0].content_id != old.content_id
 
 
-def test_embedding_that_a_job_waits_for_is_not_removed_unless_forced(farm: Farm, tmp_path: Path) -> None:
+def test_embedding_that_a_job_waits_for_is_not_removed_unless_forced(farm: DirectFarm, tmp_path: Path) -> None:
     farm.embeddings.add(write(tmp_path / "needed-1.safetensors", 0.1))
     job = farm.generate("a girl, needed-1")
 
@@ -95,7 +95,7 @@ def test_embedding_that_a_job_waits_for_is_not_removed_unless_forced(farm: Farm,
         farm.generate("a girl, needed-1")
 
 
-def test_finished_jobs_let_go_of_their_names(farm: Farm, tmp_path: Path) -> None:
+def test_finished_jobs_let_go_of_their_names(farm: DirectFarm, tmp_path: Path) -> None:
     farm.embeddings.add(write(tmp_path / "used-1.safetensors", 0.1))
     job = farm.generate("a girl, used-1", count=2)
     queues = [f"interactive:{job.lock.checkpoint.hash}"]
@@ -108,7 +108,7 @@ def test_finished_jobs_let_go_of_their_names(farm: Farm, tmp_path: Path) -> None
     farm.embeddings.rm("used-1")
 
 
-def test_removal_between_looking_up_and_submitting_is_noticed(farm: Farm, tmp_path: Path) -> None:
+def test_removal_between_looking_up_and_submitting_is_noticed(farm: DirectFarm, tmp_path: Path) -> None:
     farm.embeddings.add(write(tmp_path / "fleeting-1.safetensors", 0.1))
     frozen = farm.freeze(JobSpec.check({"prompt": "a girl, fleeting-1"}))
     farm.embeddings.rm("fleeting-1")
@@ -117,7 +117,7 @@ def test_removal_between_looking_up_and_submitting_is_noticed(farm: Farm, tmp_pa
         farm.ledger.submit("late-job", *frozen, farm._pins(frozen[1]))
 
 
-def test_removed_and_disabled_names_are_refused_with_the_reason(farm: Farm, tmp_path: Path) -> None:
+def test_removed_and_disabled_names_are_refused_with_the_reason(farm: DirectFarm, tmp_path: Path) -> None:
     farm.embeddings.add(write(tmp_path / "off-1.safetensors", 0.1))
     farm.embeddings.disable("off-1", "it draws hands with six fingers")
 
@@ -127,7 +127,7 @@ def test_removed_and_disabled_names_are_refused_with_the_reason(farm: Farm, tmp_
     farm.generate("a girl, off-1").cancel()
 
 
-def test_alias_and_rename(farm: Farm, tmp_path: Path) -> None:
+def test_alias_and_rename(farm: DirectFarm, tmp_path: Path) -> None:
     record = farm.embeddings.add(write(tmp_path / "long-name-15200.safetensors", 0.1))
     farm.embeddings.alias("long-name-15200", "gy2")
     job = farm.generate("a girl, gy2")
@@ -145,7 +145,7 @@ def test_alias_and_rename(farm: Farm, tmp_path: Path) -> None:
         farm.generate("a girl, long-name-15200")
 
 
-def test_aliases_and_versions_go_along_when_a_name_is_changed(farm: Farm, tmp_path: Path) -> None:
+def test_aliases_and_versions_go_along_when_a_name_is_changed(farm: DirectFarm, tmp_path: Path) -> None:
     old = farm.embeddings.add(write(tmp_path / "first-name-1.safetensors", 0.1))
     farm.embeddings.add(write(tmp_path / "first-name-1.safetensors", 0.2))
     farm.embeddings.alias("first-name-1", "nick-1")
@@ -159,7 +159,7 @@ def test_aliases_and_versions_go_along_when_a_name_is_changed(farm: Farm, tmp_pa
     assert farm.embeddings.show("nick-1").content_id == newer.content_id
 
 
-def test_renaming_a_name_in_use_changes_nothing_and_can_be_done_later(farm: Farm, tmp_path: Path) -> None:
+def test_renaming_a_name_in_use_changes_nothing_and_can_be_done_later(farm: DirectFarm, tmp_path: Path) -> None:
     farm.embeddings.add(write(tmp_path / "busy-1.safetensors", 0.1))
     farm.embeddings.add(write(tmp_path / "other-1.safetensors", 0.2))
     job = farm.generate("a girl, busy-1")
@@ -177,7 +177,7 @@ def test_renaming_a_name_in_use_changes_nothing_and_can_be_done_later(farm: Farm
 
 
 @pytest.mark.parametrize("verb", ["rm", "disable", "enable", "alias", "rename"])
-def test_versions_cannot_be_changed(farm: Farm, tmp_path: Path, verb: str) -> None:
+def test_versions_cannot_be_changed(farm: DirectFarm, tmp_path: Path, verb: str) -> None:
     record = farm.embeddings.add(write(tmp_path / "fixed-1.safetensors", 0.1))
     more = ("another-1",) if verb in ("alias", "rename") else ()
 
@@ -187,9 +187,9 @@ def test_versions_cannot_be_changed(farm: Farm, tmp_path: Path, verb: str) -> No
     assert [r.name for r in farm.embeddings.ls()] == ["fixed-1"]
 
 
-def test_disabling_while_somebody_replaces_loses_neither(farm: Farm, tmp_path: Path) -> None:
+def test_disabling_while_somebody_replaces_loses_neither(farm: DirectFarm, tmp_path: Path) -> None:
     farm.embeddings.add(write(tmp_path / "raced-1.safetensors", 0.1))
-    slow = Farm(farm.settings)
+    slow = DirectFarm(farm.settings)
     assert slow.library.names()
     newer = farm.embeddings.add(write(tmp_path / "raced-1.safetensors", 0.2))
     stale = dict(slow.library.names())
@@ -202,8 +202,8 @@ def test_disabling_while_somebody_replaces_loses_neither(farm: Farm, tmp_path: P
     assert farm.embeddings.enable("raced-1").content_id == newer.content_id
 
 
-def test_owner_cannot_change_the_farms_names(farm: Farm, tmp_path: Path) -> None:
-    ann = Farm(farm.settings, owner="ann")
+def test_owner_cannot_change_the_farms_names(farm: DirectFarm, tmp_path: Path) -> None:
+    ann = DirectFarm(farm.settings, owner="ann")
     farm.embeddings.add(write(tmp_path / "common-1.safetensors", 0.1))
 
     for verb, more in (("rm", ()), ("disable", ()), ("rename", ("mine-1",))):
@@ -212,10 +212,10 @@ def test_owner_cannot_change_the_farms_names(farm: Farm, tmp_path: Path) -> None
 
     assert farm.embeddings.show("common-1").state == "active"
     with pytest.raises(InvalidField, match="owner"):
-        Farm(farm.settings, owner="a/b")
+        DirectFarm(farm.settings, owner="a/b")
 
 
-def test_names_that_prompts_read_alike_are_one(farm: Farm, tmp_path: Path) -> None:
+def test_names_that_prompts_read_alike_are_one(farm: DirectFarm, tmp_path: Path) -> None:
     farm.embeddings.add(write(tmp_path / "bad-hand-9.safetensors", 0.1))
     farm.embeddings.add(write(tmp_path / "x.safetensors", 0.2), "Bad - Hand-9")
     farm.embeddings.add(write(tmp_path / "y.safetensors", 0.3), "cafe\u0301-1")
@@ -224,7 +224,7 @@ def test_names_that_prompts_read_alike_are_one(farm: Farm, tmp_path: Path) -> No
     assert farm.embeddings.show("caf\u00e9-1").name == "caf\u00e9-1"
 
 
-def test_broken_index_and_half_a_removal_are_mended(farm: Farm, tmp_path: Path) -> None:
+def test_broken_index_and_half_a_removal_are_mended(farm: DirectFarm, tmp_path: Path) -> None:
     farm.embeddings.add(write(tmp_path / "mended-1.safetensors", 0.1))
     farm.ledger.take_name("/mended-1", force=False)  # and S3 never heard of it
     assert farm.embeddings.show("mended-1").state == "removed"
@@ -237,7 +237,7 @@ def test_broken_index_and_half_a_removal_are_mended(farm: Farm, tmp_path: Path) 
     assert farm.embeddings.show("mended-1").state == "removed"
 
 
-def test_adding_with_a_lost_index_goes_on_from_what_the_store_has(farm: Farm, tmp_path: Path) -> None:
+def test_adding_with_a_lost_index_goes_on_from_what_the_store_has(farm: DirectFarm, tmp_path: Path) -> None:
     farm.embeddings.add(write(tmp_path / "lost-1.safetensors", 0.1))
     farm.embeddings.add(write(tmp_path / "lost-1.safetensors", 0.2))
     farm.ledger.redis.delete("lf:names", "lf:names:number", "lf:names:changes")
@@ -248,7 +248,7 @@ def test_adding_with_a_lost_index_goes_on_from_what_the_store_has(farm: Farm, tm
     assert farm.embeddings.show("lost-1").content_id == again.content_id
 
 
-def test_name_that_prompts_use_needs_to_be_allowed(farm: Farm, tmp_path: Path) -> None:
+def test_name_that_prompts_use_needs_to_be_allowed(farm: DirectFarm, tmp_path: Path) -> None:
     path = write(tmp_path / "girl.safetensors", 0.1)
 
     with pytest.raises(InvalidField, match="--allow-word"):
@@ -260,8 +260,8 @@ def test_name_that_prompts_use_needs_to_be_allowed(farm: Farm, tmp_path: Path) -
     assert not farm.generate("a girl").lock.embeddings
 
 
-def test_owners_names_come_before_the_farms(farm: Farm, tmp_path: Path) -> None:
-    ann, bob = Farm(farm.settings, owner="ann"), Farm(farm.settings, owner="bob")
+def test_owners_names_come_before_the_farms(farm: DirectFarm, tmp_path: Path) -> None:
+    ann, bob = DirectFarm(farm.settings, owner="ann"), DirectFarm(farm.settings, owner="bob")
     common = farm.embeddings.add(write(tmp_path / "style-9.safetensors", 0.1))
     own = ann.embeddings.add(write(tmp_path / "style-9.safetensors", 0.2))
 
@@ -273,7 +273,7 @@ def test_owners_names_come_before_the_farms(farm: Farm, tmp_path: Path) -> None:
     assert bob.generate("a girl, style-9").lock.embeddings[0].content_id == common.content_id
 
 
-def test_index_is_lost_and_rebuilt(farm: Farm, tmp_path: Path) -> None:
+def test_index_is_lost_and_rebuilt(farm: DirectFarm, tmp_path: Path) -> None:
     farm.embeddings.add(write(tmp_path / "猫 耳-1.safetensors", 0.1))
     farm.embeddings.add(write(tmp_path / "gone-1.safetensors", 0.1))
     farm.embeddings.alias("猫 耳-1", "nekomimi-1")
@@ -291,11 +291,11 @@ def test_index_is_lost_and_rebuilt(farm: Farm, tmp_path: Path) -> None:
     assert farm.embeddings.show("gone-1").state == "removed"
 
 
-def test_of_many_who_replace_a_name_at_once_all_are_versions(farm: Farm, tmp_path: Path) -> None:
+def test_of_many_who_replace_a_name_at_once_all_are_versions(farm: DirectFarm, tmp_path: Path) -> None:
     paths = [write(tmp_path / str(n) / "contested-1.safetensors", n / 10) for n in range(1, 9)]
 
     def add(path: Path) -> EmbeddingRecord:
-        return Farm(farm.settings).embeddings.add(path)
+        return DirectFarm(farm.settings).embeddings.add(path)
 
     with ThreadPoolExecutor(8) as pool:
         records = list(pool.map(add, paths))
@@ -309,8 +309,8 @@ def test_of_many_who_replace_a_name_at_once_all_are_versions(farm: Farm, tmp_pat
 INTAKE = """
 import sys
 from pathlib import Path
-from latentfarm.farm import Farm
-farm = Farm.from_env()
+from latentfarm.farm import DirectFarm
+farm = DirectFarm.from_env()
 for number in range(1000):
     path = Path(sys.argv[1]) / f"killed-{number}.safetensors"
     farm.embeddings.add(path)
@@ -318,7 +318,7 @@ for number in range(1000):
 """
 
 
-def test_intake_killed_anywhere_leaves_a_consistent_registry(farm: Farm, tmp_path: Path) -> None:
+def test_intake_killed_anywhere_leaves_a_consistent_registry(farm: DirectFarm, tmp_path: Path) -> None:
     for number in range(60):
         write(tmp_path / f"killed-{number}.safetensors", number)
     environ = os.environ | {"LATENTFARM_DATA": str(farm.settings.data)}
@@ -346,7 +346,7 @@ def test_intake_killed_anywhere_leaves_a_consistent_registry(farm: Farm, tmp_pat
         farm.embeddings.rm(key.partition("/")[2])
 
 
-def test_folder_of_a1111_is_taken_over_with_what_lies_beside(farm: Farm, tmp_path: Path) -> None:
+def test_folder_of_a1111_is_taken_over_with_what_lies_beside(farm: DirectFarm, tmp_path: Path) -> None:
     write(tmp_path / "sub" / "with-info-1.safetensors", 0.1)
     info = {
         "id": 9208, "modelId": 7808, "baseModel": "SD 1.5", "trainedWords": ["easynegative"], "description": "good",
@@ -382,7 +382,7 @@ def test_folder_of_a1111_is_taken_over_with_what_lies_beside(farm: Farm, tmp_pat
     assert (noted.trained_words, noted.description) == (("a", "b"), "from a friend")
 
 
-def test_negative_embedding_goes_into_the_negative_prompt_by_itself(farm: Farm, tmp_path: Path) -> None:
+def test_negative_embedding_goes_into_the_negative_prompt_by_itself(farm: DirectFarm, tmp_path: Path) -> None:
     farm.embeddings.add(write(tmp_path / "spoiler-1.safetensors", 0.1), kind="Negative")
 
     job = farm.generate("a girl", embeddings=["spoiler-1"])
@@ -393,7 +393,7 @@ def test_negative_embedding_goes_into_the_negative_prompt_by_itself(farm: Farm, 
 
 
 @pytest.mark.parametrize("form", ["safetensors", "a1111", "diffusers", "original"])
-def test_exported_file_holds_the_same_tensors(farm: Farm, tmp_path: Path, form: str) -> None:
+def test_exported_file_holds_the_same_tensors(farm: DirectFarm, tmp_path: Path, form: str) -> None:
     record = farm.embeddings.add(write(tmp_path / "export-1.safetensors", 0.25))
 
     path = farm.embeddings.export("export-1", tmp_path / "out", form)
@@ -401,7 +401,7 @@ def test_exported_file_holds_the_same_tensors(farm: Farm, tmp_path: Path, form: 
     assert read_embedding(path).content_id == record.content_id
 
 
-def test_two_halves_of_diffusers_trainer_are_one_sdxl_embedding(farm: Farm, tmp_path: Path) -> None:
+def test_two_halves_of_diffusers_trainer_are_one_sdxl_embedding(farm: DirectFarm, tmp_path: Path) -> None:
     (tmp_path / "learned.safetensors").write_bytes(save({"<x>": np.ones((2, 768), np.float32)}))
     (tmp_path / "learned_2.safetensors").write_bytes(save({"<x>": np.ones((2, 1280), np.float32)}))
 
@@ -411,7 +411,7 @@ def test_two_halves_of_diffusers_trainer_are_one_sdxl_embedding(farm: Farm, tmp_
     assert (record.name, record.family) == ("learned", "sdxl")
 
 
-def test_merge_diff_and_near_duplicates(farm: Farm, tmp_path: Path) -> None:
+def test_merge_diff_and_near_duplicates(farm: DirectFarm, tmp_path: Path) -> None:
     rng = np.random.default_rng(1)
     tensors = {name: rng.standard_normal((2, WIDTH)).astype(np.float32) for name in ("part-a", "part-b")}
     for name, rows in tensors.items():
@@ -431,7 +431,7 @@ def test_merge_diff_and_near_duplicates(farm: Farm, tmp_path: Path) -> None:
     assert [(a, b) for a, b, _ in farm.embeddings.duplicates()] == [("part-a", "part-a-copy")]
 
 
-def test_card_tells_norms_and_nearest_words(farm: Farm, tmp_path: Path) -> None:
+def test_card_tells_norms_and_nearest_words(farm: DirectFarm, tmp_path: Path) -> None:
     farm.embeddings.add(write(tmp_path / "card-1.safetensors", 0.5))
 
     card = farm.embeddings.card("card-1")
@@ -442,12 +442,12 @@ def test_card_tells_norms_and_nearest_words(farm: Farm, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(("width", "says"), [(500, "width 500"), (3, "width 3")])
-def test_width_that_no_checkpoint_has_is_refused(farm: Farm, tmp_path: Path, width: int, says: str) -> None:
+def test_width_that_no_checkpoint_has_is_refused(farm: DirectFarm, tmp_path: Path, width: int, says: str) -> None:
     with pytest.raises(NotAnEmbedding, match=says):
         farm.embeddings.add(write(tmp_path / "odd-1.safetensors", 0.1, width=width))
 
 
-def test_bare_tensor_wants_a_name(farm: Farm, tmp_path: Path) -> None:
+def test_bare_tensor_wants_a_name(farm: DirectFarm, tmp_path: Path) -> None:
     import torch  # noqa: PLC0415 - only this test writes one
 
     torch.save(torch.ones(2, WIDTH), tmp_path / "tensor.pt")

@@ -16,7 +16,7 @@ from typing import Any
 
 import psutil
 import pytest
-from latentfarm.farm import Farm
+from latentfarm.farm import DirectFarm
 from latentfarm.jobfiles import InvalidRows
 from latentfarm_demo import CHECKPOINT
 from latentfarm_shared.errors import UsageError
@@ -801,19 +801,19 @@ class Memory:
 
 
 @pytest.fixture(scope="module")
-def farm(servers: Farm) -> Farm:
+def farm(servers: DirectFarm) -> DirectFarm:
     servers.models.add(CHECKPOINT, "demo")
     servers.freeze(JobSpec(prompt="a", seed=1))
     return servers
 
 
 @pytest.fixture(scope="module")
-def whole(farm: Farm) -> Memory:
+def whole(farm: DirectFarm) -> Memory:
     return Memory()
 
 
 @pytest.fixture(autouse=True)
-def memory(request: pytest.FixtureRequest, farm: Farm, whole: Memory) -> Iterator[Memory]:
+def memory(request: pytest.FixtureRequest, farm: DirectFarm, whole: Memory) -> Iterator[Memory]:
     """Measure a test, and remove what it should not have queued."""
     is_bug = request.node.get_closest_marker("xfail") is not None
     before = {status.id for status in farm.ledger.jobs(1000)} if is_bug else set()
@@ -829,11 +829,11 @@ def memory(request: pytest.FixtureRequest, farm: Farm, whole: Memory) -> Iterato
             farm.ledger.delete(status.id)
 
 
-def queued(farm: Farm) -> object:
+def queued(farm: DirectFarm) -> object:
     return [status.id for status in farm.ledger.jobs()], farm.ledger.usage(farm.owner)
 
 
-def check_refusal(farm: Farm, send: Callable[[], object], says: str, place: Place | None = None) -> None:
+def check_refusal(farm: DirectFarm, send: Callable[[], object], says: str, place: Place | None = None) -> None:
     """Make sure that a submission is refused as all should be."""
     before, began = queued(farm), time.monotonic()
     with pytest.raises(UsageError) as caught:
@@ -851,7 +851,7 @@ def check_refusal(farm: Farm, send: Callable[[], object], says: str, place: Plac
 
 
 @pytest.fixture
-def refuse(request: pytest.FixtureRequest, farm: Farm) -> Refuse:
+def refuse(request: pytest.FixtureRequest, farm: DirectFarm) -> Refuse:
     """Return the check; of a bug that is known, nobody needs the traceback, which takes long to make."""
 
     def check(*given: Any) -> None:
@@ -866,7 +866,9 @@ def refuse(request: pytest.FixtureRequest, farm: Farm) -> Refuse:
 
 
 @pytest.mark.parametrize(("field", "value"), list(one_field()))
-def test_value_that_a_field_does_not_take_is_refused(farm: Farm, refuse: Refuse, field: str, value: object) -> None:
+def test_value_that_a_field_does_not_take_is_refused(
+    farm: DirectFarm, refuse: Refuse, field: str, value: object
+) -> None:
     given = {"prompt": "a"} | {field: made(value)}
 
     refuse(lambda: farm.submit(JobSpec.check(given)), field)
@@ -874,7 +876,7 @@ def test_value_that_a_field_does_not_take_is_refused(farm: Farm, refuse: Refuse,
 
 @pytest.mark.parametrize(("values", "says"), cases(SPECS))
 def test_fields_that_do_not_go_together_are_refused(
-    farm: Farm, refuse: Refuse, values: dict[str, object], says: str
+    farm: DirectFarm, refuse: Refuse, values: dict[str, object], says: str
 ) -> None:
     given = {"prompt": "a"} | made(values)
 
@@ -883,7 +885,7 @@ def test_fields_that_do_not_go_together_are_refused(
 
 @pytest.mark.parametrize(("suffix", "given", "says", "place"), list(every_file()))
 def test_file_is_refused_with_the_place(
-    farm: Farm, refuse: Refuse, tmp_path: Path, suffix: str, given: Any, says: str, place: Place | None
+    farm: DirectFarm, refuse: Refuse, tmp_path: Path, suffix: str, given: Any, says: str, place: Place | None
 ) -> None:
     text = given() if callable(given) else given
     files: Files = text if isinstance(text, dict) else {f"a.{suffix}": text}
@@ -900,7 +902,7 @@ def test_file_is_refused_with_the_place(
 
 @pytest.mark.parametrize(("make", "says"), list(path_cases()))
 def test_path_that_leads_to_no_jobs_is_refused(
-    farm: Farm, refuse: Refuse, tmp_path: Path, make: Callable[[Path], Path], says: str
+    farm: DirectFarm, refuse: Refuse, tmp_path: Path, make: Callable[[Path], Path], says: str
 ) -> None:
     path = make(tmp_path)
 
@@ -909,7 +911,7 @@ def test_path_that_leads_to_no_jobs_is_refused(
 
 @pytest.mark.parametrize(("values", "says"), cases(DEFAULTS))
 def test_defaults_of_a_file_are_refused(
-    farm: Farm, refuse: Refuse, tmp_path: Path, values: dict[str, object], says: str
+    farm: DirectFarm, refuse: Refuse, tmp_path: Path, values: dict[str, object], says: str
 ) -> None:
     path = tmp_path / "a.jsonl"
     path.write_text(
@@ -920,7 +922,9 @@ def test_defaults_of_a_file_are_refused(
     refuse(lambda: farm.submit_file(path, defaults=given), says)
 
 
-def test_standard_input_is_refused_like_a_file(farm: Farm, refuse: Refuse, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_standard_input_is_refused_like_a_file(
+    farm: DirectFarm, refuse: Refuse, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(sys, "stdin", io.StringIO(GOOD + "nope\n"))
 
     refuse(lambda: farm.submit_file("-"), "JSON", (2, 1))
@@ -931,7 +935,7 @@ def test_memory_stays_flat_over_all_of_it(whole: Memory) -> None:
 
 
 @pytest.mark.timeout(60, func_only=True)
-def test_last_of_200_000_rows_is_wrong(farm: Farm, tmp_path: Path, memory: Memory) -> None:
+def test_last_of_200_000_rows_is_wrong(farm: DirectFarm, tmp_path: Path, memory: Memory) -> None:
     path = tmp_path / "a.jsonl"
     with path.open("w") as file:
         file.writelines(f'{{"prompt": "a girl, number {n}", "seed": {n}}}\n' for n in range(199_999))
@@ -949,7 +953,7 @@ def test_last_of_200_000_rows_is_wrong(farm: Farm, tmp_path: Path, memory: Memor
 
 @pytest.mark.parametrize("make", cases(FILE_BOMBS, AT_ONCE))
 def test_file_that_is_a_bomb_is_refused_in_time(
-    farm: Farm, refuse: Refuse, tmp_path: Path, memory: Memory, make: Callable[[Path], Path]
+    farm: DirectFarm, refuse: Refuse, tmp_path: Path, memory: Memory, make: Callable[[Path], Path]
 ) -> None:
     path = make(tmp_path)
 
@@ -960,7 +964,7 @@ def test_file_that_is_a_bomb_is_refused_in_time(
 
 @pytest.mark.parametrize("make", cases(SPEC_BOMBS, AT_ONCE))
 def test_spec_that_is_a_bomb_is_refused_in_time(
-    farm: Farm, refuse: Refuse, memory: Memory, make: Callable[[], dict[str, object]]
+    farm: DirectFarm, refuse: Refuse, memory: Memory, make: Callable[[], dict[str, object]]
 ) -> None:
     refuse(lambda: farm.submit(JobSpec.check({"prompt": "a"} | make())), ".")
 

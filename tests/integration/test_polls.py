@@ -7,9 +7,9 @@ import threading
 from collections.abc import Iterator
 
 import pytest
-from latentfarm import Farm
 from latentfarm.api.app import create_app
 from latentfarm.api.polls import Looks, Polls
+from latentfarm.farm import DirectFarm
 from latentfarm.jobs import Job
 from latentfarm.keys import ApiKeys
 from latentfarm_demo import CHECKPOINT
@@ -22,13 +22,13 @@ BASE = "http://localhost"
 
 
 @pytest.fixture
-def farm(servers: Farm) -> Farm:
+def farm(servers: DirectFarm) -> DirectFarm:
     servers.models.add(CHECKPOINT, "demo")
     return servers
 
 
 @pytest.fixture
-def counted(farm: Farm, monkeypatch: pytest.MonkeyPatch) -> list[str]:
+def counted(farm: DirectFarm, monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """Every job whose status was read for a route."""
     read: list[str] = []
     status = Ledger.status
@@ -42,14 +42,14 @@ def counted(farm: Farm, monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
 
 @pytest.fixture
-def job(farm: Farm) -> Iterator[Job]:
+def job(farm: DirectFarm) -> Iterator[Job]:
     found = farm.submit(JobSpec.check({"prompt": "a girl", "count": 3}))
     yield found
     found.cancel()
 
 
 @pytest.fixture
-def client(farm: Farm) -> Iterator[TestClient]:
+def client(farm: DirectFarm) -> Iterator[TestClient]:
     with TestClient(create_app(farm), base_url=BASE) as found:
         yield found
 
@@ -87,7 +87,7 @@ def test_whoever_changes_a_job_sees_it_at_once(client: TestClient, job: Job) -> 
     assert client.get(f"{url}/images/0").json()["state"] == "canceled"
 
 
-def test_every_field_of_a_status_that_changes_moves_its_stamp(farm: Farm, job: Job) -> None:
+def test_every_field_of_a_status_that_changes_moves_its_stamp(farm: DirectFarm, job: Job) -> None:
     steps = (
         job.pause,
         job.resume,
@@ -103,7 +103,7 @@ def test_every_field_of_a_status_that_changes_moves_its_stamp(farm: Farm, job: J
         assert (before[0] != after[0]) == (before[1] != after[1]), step
 
 
-def test_answers_are_their_askers_own(farm: Farm, job: Job) -> None:
+def test_answers_are_their_askers_own(farm: DirectFarm, job: Job) -> None:
     keys = ApiKeys(farm.ledger)
     _, mine = keys.create(farm.owner or "own", scopes=("admin", "read"))
     _, theirs = keys.create("bob")
@@ -155,7 +155,7 @@ def test_failed_look_is_told_to_all_who_asked() -> None:
     assert all(isinstance(error, Unavailable) for error in asyncio.run(ask()))
 
 
-def test_those_who_ask_the_same_at_once_have_one_answer_made(farm: Farm, job: Job) -> None:
+def test_those_who_ask_the_same_at_once_have_one_answer_made(farm: DirectFarm, job: Job) -> None:
     made = 0
 
     async def app(scope: object, receive: object, send: object) -> None:

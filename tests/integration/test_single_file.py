@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from latentfarm.farm import Farm
+from latentfarm.farm import DirectFarm
 from latentfarm_demo import CHECKPOINT
 from latentfarm_shared.checkpoints import describe_single_file
 from latentfarm_shared.errors import UnreadableFile
@@ -82,12 +82,12 @@ def render(checkpoint: Checkpoint) -> torch.Tensor:
     return checkpoint.decode([Decode(denoised)])[0].pixels
 
 
-def load(servers: Farm, record: CheckpointRecord, cache: Path) -> Checkpoint:
+def load(servers: DirectFarm, record: CheckpointRecord, cache: Path) -> Checkpoint:
     folder = fetch_checkpoint(record, servers.registry, cache)
     return load_checkpoint(record, folder, EmbeddingBank(servers.library), Runtime())
 
 
-def test_single_file_renders_as_its_folder_does(servers: Farm, single_file: Path, tmp_path: Path) -> None:
+def test_single_file_renders_as_its_folder_does(servers: DirectFarm, single_file: Path, tmp_path: Path) -> None:
     folder = servers.models.add(CHECKPOINT, "demo")
     single = servers.models.add(single_file, config=CHECKPOINT)
 

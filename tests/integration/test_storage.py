@@ -5,7 +5,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from latentfarm.farm import Farm
+from latentfarm.farm import DirectFarm
 from latentfarm_demo import CHECKPOINT
 from latentfarm_shared.checkpoints import describe_folder
 from latentfarm_shared.errors import Unavailable, UnknownName, UnreadableFile
@@ -16,13 +16,13 @@ from safetensors.numpy import save
 from tests.conftest import parse_embedding
 
 
-def test_second_write_of_the_same_content_is_no_error(servers: Farm) -> None:
+def test_second_write_of_the_same_content_is_no_error(servers: DirectFarm) -> None:
     assert servers.store.put_once("t/once", b"a", "image/png", "id-1")
     assert not servers.store.put_once("t/once", b"a", "image/png", "id-1")
     assert servers.store.get("t/once") == b"a"
 
 
-def test_other_content_at_a_key_is_a_conflict(servers: Farm) -> None:
+def test_other_content_at_a_key_is_a_conflict(servers: DirectFarm) -> None:
     servers.store.put_once("t/conflict", b"a", "image/png", "id-1")
 
     with pytest.raises(ObjectConflict):
@@ -31,14 +31,14 @@ def test_other_content_at_a_key_is_a_conflict(servers: Farm) -> None:
     assert servers.store.get("t/conflict") == b"a"
 
 
-def test_of_many_writers_one_writes(servers: Farm) -> None:
+def test_of_many_writers_one_writes(servers: DirectFarm) -> None:
     with ThreadPoolExecutor(8) as pool:
         wrote = list(pool.map(lambda _: servers.store.put_once("t/race", b"a", "image/png", "id"), range(16)))
 
     assert sum(wrote) == 1
 
 
-def test_missing_object_is_named(servers: Farm) -> None:
+def test_missing_object_is_named(servers: DirectFarm) -> None:
     with pytest.raises(MissingObject, match="nothing-here"):
         servers.store.get("t/nothing-here")
 
@@ -52,12 +52,12 @@ def test_missing_object_is_named(servers: Farm) -> None:
         ({"s3_endpoint": "http://127.0.0.1:1"}, "no answer"),
     ],
 )
-def test_store_trouble_is_one_sentence(servers: Farm, change: dict[str, str], says: str) -> None:
+def test_store_trouble_is_one_sentence(servers: DirectFarm, change: dict[str, str], says: str) -> None:
     with pytest.raises(Unavailable, match=says):
         ObjectStore(servers.settings.model_copy(update=change)).check()
 
 
-def test_embedding_is_found_by_name_in_any_case_and_by_the_nearest(servers: Farm) -> None:
+def test_embedding_is_found_by_name_in_any_case_and_by_the_nearest(servers: DirectFarm) -> None:
     file = parse_embedding(save({"emb_params": np.ones((3, 128), np.float32)}), "My Style-2.safetensors")
     record = servers.library.add(file)
 
@@ -66,7 +66,7 @@ def test_embedding_is_found_by_name_in_any_case_and_by_the_nearest(servers: Farm
         servers.library.find("my stile-2")
 
 
-def test_index_is_rebuilt_from_the_store(servers: Farm) -> None:
+def test_index_is_rebuilt_from_the_store(servers: DirectFarm) -> None:
     file = parse_embedding(save({"emb_params": np.ones((1, 128), np.float32)}), "猫.safetensors")
     record = servers.library.add(file)
     servers.ledger.redis.delete("lf:names", "lf:names:number", "lf:names:changes", "lf:checkpoints")
@@ -77,7 +77,7 @@ def test_index_is_rebuilt_from_the_store(servers: Farm) -> None:
     assert servers.library.find("猫") == record
 
 
-def test_checkpoint_is_fetched_by_hash_and_verified(servers: Farm, tmp_path: Path) -> None:
+def test_checkpoint_is_fetched_by_hash_and_verified(servers: DirectFarm, tmp_path: Path) -> None:
     record = servers.models.add(CHECKPOINT, "demo")
     folder = fetch_checkpoint(record, servers.registry, tmp_path)
 
@@ -85,7 +85,7 @@ def test_checkpoint_is_fetched_by_hash_and_verified(servers: Farm, tmp_path: Pat
     assert fetch_checkpoint(record, servers.registry, tmp_path) == folder
 
 
-def test_damaged_file_of_a_checkpoint_is_refused(servers: Farm, tmp_path: Path) -> None:
+def test_damaged_file_of_a_checkpoint_is_refused(servers: DirectFarm, tmp_path: Path) -> None:
     record = servers.models.add(CHECKPOINT, "demo")
     lying = record.model_copy(
         update={"files": tuple(f.model_copy(update={"sha256": "0" * 64}) for f in record.files[:1])}
@@ -98,6 +98,6 @@ def test_damaged_file_of_a_checkpoint_is_refused(servers: Farm, tmp_path: Path) 
     assert not list(tmp_path.rglob("*.partial"))
 
 
-def test_folder_that_is_no_checkpoint_says_what_is_missing(servers: Farm, tmp_path: Path) -> None:
+def test_folder_that_is_no_checkpoint_says_what_is_missing(servers: DirectFarm, tmp_path: Path) -> None:
     with pytest.raises(UnreadableFile, match=r"model_index\.json"):
         servers.models.add(tmp_path, "x")

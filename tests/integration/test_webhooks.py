@@ -16,7 +16,7 @@ from fastapi.testclient import TestClient
 from latentfarm.api import create_app
 from latentfarm.api.webhooks import HookWatcher, Outbox, Sender
 from latentfarm.api.webhooks.hooks import Hook, HookRequest, Hooks
-from latentfarm.farm import Farm
+from latentfarm.farm import DirectFarm
 from latentfarm_demo import CHECKPOINT
 from latentfarm_shared.errors import BadSettings, InvalidField
 from standardwebhooks import Webhook
@@ -64,7 +64,7 @@ def receiver() -> Iterator[Receiver]:
 
 
 @pytest.fixture
-def farm(servers: Farm) -> Iterator[Farm]:
+def farm(servers: DirectFarm) -> Iterator[DirectFarm]:
     """A farm in an owner's name that may call this machine."""
     servers.models.add(CHECKPOINT, "demo")
     found = servers.seen_by(f"o{secrets.token_hex(4)}")
@@ -75,7 +75,7 @@ def farm(servers: Farm) -> Iterator[Farm]:
 
 
 @pytest.fixture
-def forward(farm: Farm) -> Callable[[], None]:
+def forward(farm: DirectFarm) -> Callable[[], None]:
     watcher, sender = HookWatcher(farm), Sender(farm)
 
     def step() -> None:
@@ -87,13 +87,15 @@ def forward(farm: Farm) -> Callable[[], None]:
     return step
 
 
-def end_turns(farm: Farm) -> None:
+def end_turns(farm: DirectFarm) -> None:
     """Let the next step be done at once, whoever did the last."""
     redis = farm.ledger.redis
     redis.delete("lf:turn:webhooks", *redis.keys("lf:turn:deliver:*"))
 
 
-def test_end_of_a_job_is_told_once_and_signed(farm: Farm, receiver: Receiver, forward: Callable[[], None]) -> None:
+def test_end_of_a_job_is_told_once_and_signed(
+    farm: DirectFarm, receiver: Receiver, forward: Callable[[], None]
+) -> None:
     hooks = Hooks(farm)
     hooks.create(farm.owner, HookRequest(url=receiver.url, events=("job.completed",)))
     forward()
@@ -111,7 +113,7 @@ def test_end_of_a_job_is_told_once_and_signed(farm: Farm, receiver: Receiver, fo
     assert client.webhooks.unwrap(body, headers).id == event["id"]
 
 
-def test_job_may_bring_its_own_address(farm: Farm, receiver: Receiver, forward: Callable[[], None]) -> None:
+def test_job_may_bring_its_own_address(farm: DirectFarm, receiver: Receiver, forward: Callable[[], None]) -> None:
     with TestClient(create_app(farm), base_url="http://localhost") as client:
         wrong = client.post("/api/v1/jobs", json={"prompt": "a", "webhook": {"url": "ftp://x"}})
         typo = client.post(
@@ -126,7 +128,9 @@ def test_job_may_bring_its_own_address(farm: Farm, receiver: Receiver, forward: 
     assert [event["data"]["id"] for event in receiver.events] == [job["id"]]
 
 
-def test_failed_delivery_is_tried_again_later(farm: Farm, receiver: Receiver, forward: Callable[[], None]) -> None:
+def test_failed_delivery_is_tried_again_later(
+    farm: DirectFarm, receiver: Receiver, forward: Callable[[], None]
+) -> None:
     hook = Hooks(farm).create(farm.owner, HookRequest(url=receiver.url))
     forward()
     receiver.answers = [500, 302]
@@ -145,13 +149,15 @@ def test_failed_delivery_is_tried_again_later(farm: Farm, receiver: Receiver, fo
     assert len({headers["webhook-id"] for headers, _ in receiver.got}) == 1
 
 
-def make_due(farm: Farm) -> None:
+def make_due(farm: DirectFarm) -> None:
     redis = farm.ledger.redis
     for name in redis.zrange("lf:hook:outbox", 0, -1):
         redis.zadd("lf:hook:outbox", {name: time.time() - 1})
 
 
-def test_address_that_is_gone_is_told_nothing_more(farm: Farm, receiver: Receiver, forward: Callable[[], None]) -> None:
+def test_address_that_is_gone_is_told_nothing_more(
+    farm: DirectFarm, receiver: Receiver, forward: Callable[[], None]
+) -> None:
     Hooks(farm).create(farm.owner, HookRequest(url=receiver.url))
     forward()
     receiver.answers = [410]
@@ -164,7 +170,7 @@ def test_address_that_is_gone_is_told_nothing_more(farm: Farm, receiver: Receive
     assert Hooks(farm).ls(farm.owner)[0].disabled
 
 
-def test_private_addresses_are_not_called(farm: Farm, receiver: Receiver, forward: Callable[[], None]) -> None:
+def test_private_addresses_are_not_called(farm: DirectFarm, receiver: Receiver, forward: Callable[[], None]) -> None:
     hook = Hooks(farm).create(farm.owner, HookRequest(url=receiver.url.replace("127.0.0.1", "localhost")))
     farm.settings = farm.settings.model_copy(update={"allow_private_urls": False})
     forward()
@@ -177,7 +183,7 @@ def test_private_addresses_are_not_called(farm: Farm, receiver: Receiver, forwar
     assert "private address" in Outbox(farm).log(hook.id)[0].attempts[0].reason
 
 
-def test_whoever_watches_may_die_between_seeing_and_sending(farm: Farm, receiver: Receiver) -> None:
+def test_whoever_watches_may_die_between_seeing_and_sending(farm: DirectFarm, receiver: Receiver) -> None:
     """A second process goes on where the first ended: nothing is lost, and nothing is told that did not happen."""
     Hooks(farm).create(farm.owner, HookRequest(url=receiver.url, events=("job.completed",)))
     HookWatcher(farm).step()
@@ -192,7 +198,7 @@ def test_whoever_watches_may_die_between_seeing_and_sending(farm: Farm, receiver
     assert sorted(event["data"]["id"] for event in receiver.events) == sorted(job.id for job in jobs)
 
 
-def test_secret_is_encrypted_at_rest_and_needs_its_key(farm: Farm) -> None:
+def test_secret_is_encrypted_at_rest_and_needs_its_key(farm: DirectFarm) -> None:
     secret = Hooks(farm).secret(farm.owner)
     kept = farm.ledger.redis.get(f"lf:hook:secret:{farm.owner}")
     farm.settings = farm.settings.model_copy(update={"secret_key": "another long random text"})
@@ -206,13 +212,15 @@ def test_secret_is_encrypted_at_rest_and_needs_its_key(farm: Farm) -> None:
         Hooks(farm).create(farm.owner, HookRequest(url="https://example.com"))
 
 
-def test_address_must_be_one(farm: Farm) -> None:
+def test_address_must_be_one(farm: DirectFarm) -> None:
     for url in ("ftp://example.com", "javascript:alert(1)", "https://", "https://user:pass@example.com"):
         with pytest.raises(InvalidField):
             Hooks(farm).create(farm.owner, HookRequest(url=url))
 
 
-def test_deliveries_are_listed_and_sent_again(farm: Farm, receiver: Receiver, forward: Callable[[], None]) -> None:
+def test_deliveries_are_listed_and_sent_again(
+    farm: DirectFarm, receiver: Receiver, forward: Callable[[], None]
+) -> None:
     with TestClient(create_app(farm), base_url="http://localhost") as client:
         hook = Hook.model_validate(client.post("/api/v1/webhooks", json={"url": receiver.url}).json())
         forward()
@@ -231,7 +239,7 @@ def test_deliveries_are_listed_and_sent_again(farm: Farm, receiver: Receiver, fo
     assert (gone.status_code, missing.status_code) == (204, 404)
 
 
-def test_end_of_a_batch_is_told(farm: Farm, receiver: Receiver, forward: Callable[[], None]) -> None:
+def test_end_of_a_batch_is_told(farm: DirectFarm, receiver: Receiver, forward: Callable[[], None]) -> None:
     Hooks(farm).create(farm.owner, HookRequest(url=receiver.url, events=("batch.failed",)))
     app = create_app(farm)
     with TestClient(app, base_url="http://localhost") as client:
@@ -257,7 +265,7 @@ def test_end_of_a_batch_is_told(farm: Farm, receiver: Receiver, forward: Callabl
     assert unwrapped.type == "batch.failed"
 
 
-def test_nobody_hears_of_anothers_job(farm: Farm, receiver: Receiver, forward: Callable[[], None]) -> None:
+def test_nobody_hears_of_anothers_job(farm: DirectFarm, receiver: Receiver, forward: Callable[[], None]) -> None:
     """Though they guess its id, and though a note of theirs was left beside it."""
     mallory = farm.seen_by("mallory")
     job = farm.generate("a girl")
@@ -269,7 +277,7 @@ def test_nobody_hears_of_anothers_job(farm: Farm, receiver: Receiver, forward: C
 
 
 def test_what_happens_at_once_is_told_and_what_happened_long_ago_is_not(
-    farm: Farm, receiver: Receiver, forward: Callable[[], None]
+    farm: DirectFarm, receiver: Receiver, forward: Callable[[], None]
 ) -> None:
     farm.generate("long ago").cancel()
     hook = Hooks(farm).create(farm.owner, HookRequest(url=receiver.url))
@@ -284,7 +292,9 @@ def test_what_happens_at_once_is_told_and_what_happened_long_ago_is_not(
     assert [event["data"]["id"] for event in receiver.events] == [job.id]
 
 
-def test_job_that_is_retried_is_told_of_again(farm: Farm, receiver: Receiver, forward: Callable[[], None]) -> None:
+def test_job_that_is_retried_is_told_of_again(
+    farm: DirectFarm, receiver: Receiver, forward: Callable[[], None]
+) -> None:
     Hooks(farm).create(farm.owner, HookRequest(url=receiver.url, events=("job.completed",)))
     job = farm.generate("a girl")
     job.cancel()
@@ -298,7 +308,7 @@ def test_job_that_is_retried_is_told_of_again(farm: Farm, receiver: Receiver, fo
 
 
 def test_deleted_address_is_told_nothing_that_waits(
-    farm: Farm, receiver: Receiver, forward: Callable[[], None]
+    farm: DirectFarm, receiver: Receiver, forward: Callable[[], None]
 ) -> None:
     hook = Hooks(farm).create(farm.owner, HookRequest(url=receiver.url))
     receiver.answers = [500]
@@ -312,6 +322,6 @@ def test_deleted_address_is_told_nothing_that_waits(
     assert farm.ledger.redis.zcard("lf:hook:outbox") == 0
 
 
-def test_address_that_cannot_be_written_is_refused(farm: Farm) -> None:
+def test_address_that_cannot_be_written_is_refused(farm: DirectFarm) -> None:
     with pytest.raises(InvalidField, match="ASCII"):
         Hooks(farm).create(farm.owner, HookRequest(url="https://exämple.com/hook"))

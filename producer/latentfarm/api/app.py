@@ -43,7 +43,7 @@ from latentfarm.api.v1.jobs import JobRequest
 from latentfarm.api.waits import Repeats
 from latentfarm.api.watch import Watch
 from latentfarm.api.webhooks import HookWatcher, Sender
-from latentfarm.farm import Farm
+from latentfarm.farm import DirectFarm
 from latentfarm.keys import ApiKeys
 
 MAX_BODY = 2 * 2**20
@@ -66,7 +66,7 @@ SCHEMES = {
 }
 
 
-def create_app(farm: Farm) -> FastAPI:
+def create_app(farm: DirectFarm) -> FastAPI:
     """Build the app around a farm; handlers that ask Redis or S3 run in threads, for those clients block."""
     app = FastAPI(
         title="latentfarm", version=__version__, description=DESCRIPTION, lifespan=_living, max_body_size=MAX_BODY
@@ -122,7 +122,7 @@ async def _repeat(step: Callable[[], None], pause_s: float) -> None:
         await asyncio.sleep(pause_s)
 
 
-def _add_health(app: FastAPI, farm: Farm) -> None:
+def _add_health(app: FastAPI, farm: DirectFarm) -> None:
     @app.get("/healthz", tags=["health"])
     async def health() -> Healthy:
         """Say that this process is alive."""

@@ -18,7 +18,7 @@ from limits.storage import MemoryStorage
 from limits.strategies import FixedWindowRateLimiter
 from starlette.concurrency import run_in_threadpool
 
-from latentfarm.farm import Farm
+from latentfarm.farm import DirectFarm
 from latentfarm.keys import ApiKey, ApiKeys, Scope
 
 SCHEMES = ("bearer", "token", "key")
@@ -31,7 +31,7 @@ class Caller:
     """Whoever sent a request; `farm` acts in their name, `id` is their key's."""
 
     id: str
-    farm: Farm
+    farm: DirectFarm
     key: ApiKey | None = None
 
     def allows(self, scope: Scope) -> bool:
@@ -48,7 +48,7 @@ class Caller:
 class Callers:
     """Tells who calls. Without any key everybody who reaches this server is the farm's owner."""
 
-    farm: Farm
+    farm: DirectFarm
     keys: ApiKeys
     _limiter: FixedWindowRateLimiter = field(default_factory=lambda: FixedWindowRateLimiter(MemoryStorage()))
     _are_needed: bool = False

@@ -15,7 +15,7 @@ from latentfarm_shared.errors import NotAllowed, UnknownName
 from latentfarm_shared.ledger.ledger import translated
 
 from latentfarm.api.problems import documented
-from latentfarm.farm import Farm
+from latentfarm.farm import DirectFarm
 
 router = APIRouter(tags=["images"])
 SECRET = "lf:api:secret"  # noqa: S105 - where it lies
@@ -25,7 +25,7 @@ HOUR_S = 3600
 class Links:
     """Signs addresses with a secret that all processes of the farm share."""
 
-    def __init__(self, farm: Farm) -> None:
+    def __init__(self, farm: DirectFarm) -> None:
         """Ask for the secret when it is needed."""
         self._farm, self._secret = farm, b""
 
@@ -68,7 +68,7 @@ def signed_picture(
     """Return a picture to whoever has its signed address."""
     links: Links = request.app.state.links
     links.check(job, index, until, signature)
-    farm: Farm = request.app.state.callers.farm
+    farm: DirectFarm = request.app.state.callers.farm
     found = next(farm.own_job(job, anybodys=True).iter_images(index, index + 1), None)
     if found is None:
         raise UnknownName("image", f"{job}/{index}")

@@ -9,14 +9,14 @@ from latentfarm_shared.errors import InvalidField, Unavailable
 from latentfarm_shared.logs import configure_logs, log
 
 from latentfarm.api.app import create_app
-from latentfarm.farm import Farm
+from latentfarm.farm import DirectFarm
 from latentfarm.keys import ApiKeys
 
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
 KEEP_ALIVE_S, DRAIN_S = 75, 10
 
 
-def serve(farm: Farm, host: str, port: int) -> None:
+def serve(farm: DirectFarm, host: str, port: int) -> None:
     """Serve until SIGTERM or Ctrl-C.
 
     Raises:

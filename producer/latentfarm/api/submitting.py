@@ -39,7 +39,7 @@ def submit(
     """Submit a job in a caller's name; one that was submitted before costs nothing of what the key may have.
 
     Raises:
-        UsageError, Busy, Unavailable: as Farm.submit.
+        UsageError, Busy, Unavailable: as DirectFarm.submit.
         NotAllowed: the key may not submit so many images any more.
     """
     known = caller.farm.submitted(spec, job_id, request)

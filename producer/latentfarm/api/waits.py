@@ -19,7 +19,7 @@ from starlette.concurrency import run_in_threadpool
 
 from latentfarm.api.callers import Caller
 from latentfarm.api.watch import Watch
-from latentfarm.farm import Farm
+from latentfarm.farm import DirectFarm
 from latentfarm.jobs import Job
 
 KEPT_S = 1800
@@ -54,7 +54,7 @@ class Repeats:
     theirs; one whose answer is still awaited belongs to whoever waits.
     """
 
-    farm: Farm
+    farm: DirectFarm
     _waiting: set[str] = field(default_factory=set)
 
     @asynccontextmanager

@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from latentfarm.cli.output import Data, Json, connect, progress, show
+from latentfarm.bars import bar
+from latentfarm.cli.output import Data, Json, connect, show
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -419,8 +420,7 @@ def sweep(
     from latentfarm.studies import sheet_of  # noqa: PLC0415
 
     job = connect(data).sweep_strength(name, parse_strengths(strength), seeds=seeds, model=model, prompt=prompt)
-    with progress(job.status().total) as update:
-        status = job.wait(None, lambda status: update(status.finished, status.state))
+    status = job.wait(progress=True)
     if output is not None:
         sheet_of(job).save(output)
     told = {"job": job.id, "state": status.state, "images": status.total, "sheet": str(output) if output else None}
@@ -466,8 +466,8 @@ def pack(  # noqa: PLR0917 - typer turns each into an option
     if detach:
         typer.echo(json.dumps({"job": job.id}) if as_json else job.id)
         return
-    with progress(steps) as update:
-        status = job.follow(lambda story: update(int(story.get("step", 0)), str(story.get("stage", ""))))
+    with bar() as update:
+        status = job.follow(lambda story: update(int(story.get("step", 0)), steps, str(story.get("stage", ""))))
     if status.state != "succeeded":
         typer.echo(
             f"latentfarm: job {job.id} {status.state}: {(job.images[0].error or {}).get('message', '')}", err=True

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from latentfarm.cli.output import Data, Json, connect, describe, progress, show
+from latentfarm.cli.output import Data, Json, connect, describe, show
 
 if TYPE_CHECKING:
     from latentfarm_shared.infotext import Infotext
@@ -495,8 +495,7 @@ def _print_ids(jobs: list[Job], *, as_json: bool) -> None:
 
 
 def _follow(job: Job, timeout_s: float | None) -> None:
-    with progress(job.status().total) as update:
-        job.wait(timeout_s, lambda status: update(status.finished, status.state))
+    job.wait(timeout_s, progress=True)
 
 
 def _save(job: Job, folder: Path) -> None:

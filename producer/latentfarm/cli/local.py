@@ -242,9 +242,9 @@ def doctor(data: Data = None, as_json: Json = False) -> None:
     from latentfarm_shared.settings import Settings  # noqa: PLC0415
 
     from latentfarm.doctor import examine  # noqa: PLC0415 - keeps --help fast
-    from latentfarm.farm import Farm  # noqa: PLC0415
+    from latentfarm.farm import DirectFarm  # noqa: PLC0415
 
-    found = list(examine(Farm(Settings.load(data))))
+    found = list(examine(DirectFarm(Settings.load(data))))
     if as_json:
         show([finding.model_dump() for finding in found], as_json=True)
     else:
@@ -274,8 +274,8 @@ def serve(
     if find_spec("fastapi") is None or find_spec("uvicorn") is None:
         raise MissingExtra("api", "the HTTP API")
     from latentfarm.api.serving import serve as run  # noqa: PLC0415 - only in the extra
-    from latentfarm.farm import Farm  # noqa: PLC0415
+    from latentfarm.farm import DirectFarm  # noqa: PLC0415
 
-    farm = Farm.from_env(data)
+    farm = DirectFarm.from_env(data)
     settings = farm.settings
     run(farm, host or settings.api_host, settings.api_port if port is None else port)

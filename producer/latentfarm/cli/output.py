@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -13,7 +12,7 @@ import typer
 if TYPE_CHECKING:
     from latentfarm_shared.ledger import JobStatus
 
-    from latentfarm.farm import Farm
+    from latentfarm.farm import DirectFarm
 
 Data = Annotated[
     Path | None, typer.Option("--data", help="Data folder of a farm started by 'latentfarm up'.", show_default=False)
@@ -21,11 +20,11 @@ Data = Annotated[
 Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
 
-def connect(data: Path | None) -> Farm:
+def connect(data: Path | None) -> DirectFarm:
     """Find the farm."""
-    from latentfarm.farm import Farm  # noqa: PLC0415 - keeps --help fast
+    from latentfarm.farm import DirectFarm  # noqa: PLC0415 - keeps --help fast
 
-    return Farm.from_env(data)
+    return DirectFarm.from_env(data)
 
 
 def show(rows: Sequence[dict[str, Any]], *, as_json: bool, single: bool = False) -> None:
@@ -61,18 +60,6 @@ def _cell(value: Any) -> str:
     from rich.markup import escape  # noqa: PLC0415
 
     return escape("" if value is None else str(value))
-
-
-@contextmanager
-def progress(total: int) -> Iterator[Callable[[int, str], None]]:
-    """Show a bar on stderr; yield a function that takes how many are done and a word on the state."""
-    from rich.console import Console  # noqa: PLC0415
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn  # noqa: PLC0415
-
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    with Progress(*columns, console=Console(stderr=True)) as bar:
-        task = bar.add_task("queued", total=total)
-        yield lambda done, state: bar.update(task, completed=done, description=state)
 
 
 def describe(status: JobStatus) -> dict[str, Any]:

@@ -21,7 +21,7 @@ from latentfarm_shared.settings import FarmFile, Settings
 
 from latentfarm.embedded.processes import Child, free_ports, start
 from latentfarm.embedded.servers import start_s3, start_valkey, write_private
-from latentfarm.farm import Farm
+from latentfarm.farm import DirectFarm
 from latentfarm.keys import SCOPES, ApiKeys
 
 WORKER_READY_S = 180.0
@@ -77,7 +77,7 @@ class LocalFarm:
         self._servers: list[Child] = []
         self._workers: list[Child] = []
         self._lock: IO[str] | None = None
-        self.farm: Farm
+        self.farm: DirectFarm
 
     def __enter__(self) -> Self:
         """Start everything; what was started is stopped if a part fails."""
@@ -126,7 +126,7 @@ class LocalFarm:
         settings = Settings.load(self.data, self._own_environment())
         self._servers.append(start_valkey(self.data, farm))
         self._servers.append(start_s3(self.data, farm, settings))
-        self.farm = Farm(settings)
+        self.farm = DirectFarm(settings)
         self.farm.registry.reindex()
         self.farm.library.reindex()
 
@@ -200,7 +200,7 @@ class LocalFarm:
     def _register_demo(self) -> None:
         from latentfarm_demo import CHECKPOINT, EMBEDDINGS  # noqa: PLC0415 - only in the extra
 
-        everybodys = Farm(self.farm.settings, owner="")
+        everybodys = DirectFarm(self.farm.settings, owner="")
         if "demo" not in {record.name for record in everybodys.models.ls()}:
             everybodys.models.add(CHECKPOINT, "demo")
         held = {record.name for record in everybodys.embeddings.ls(everything=True)}

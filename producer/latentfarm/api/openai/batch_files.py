@@ -16,7 +16,7 @@ from pydantic import BaseModel, TypeAdapter
 from latentfarm.api.openai.batch_records import Batch, LineError
 from latentfarm.api.openai.requests import Wanted, wanted
 from latentfarm.api.problems import openai_style, problem_of, status_of
-from latentfarm.farm import Farm
+from latentfarm.farm import DirectFarm
 from latentfarm.jobfiles.located import Findings
 from latentfarm.jobfiles.rows import Placed, RowSorter
 from latentfarm.jobfiles.values import duration
@@ -45,7 +45,7 @@ class Refused:
 class Reading:
     """The lines of a batch's file, sorted into jobs; what cannot be drawn is answered at the end."""
 
-    def __init__(self, farm: Farm, batch: Batch) -> None:
+    def __init__(self, farm: DirectFarm, batch: Batch) -> None:
         """Read for a batch, in the name of its owner."""
         self._farm, self._window = farm, duration("completion_window", batch.completion_window)
         self._sorter = RowSorter(farm.tables, farm.side_of, Findings(batch.input_file_id))

@@ -11,7 +11,7 @@ from pydantic import BaseModel
 from redis import WatchError
 
 from latentfarm.api.webhooks.watcher import enqueue
-from latentfarm.farm import Farm
+from latentfarm.farm import DirectFarm
 
 OPEN = "lf:openai:batches:open"
 Status = Literal["validating", "failed", "in_progress", "finalizing", "completed", "expired", "cancelling", "cancelled"]
@@ -84,7 +84,7 @@ class Record(BaseModel):
 class Batches:
     """The farm's batches."""
 
-    def __init__(self, farm: Farm) -> None:
+    def __init__(self, farm: DirectFarm) -> None:
         """Keep them in this farm's Redis."""
         self._farm, self._redis = farm, farm.ledger.redis
 

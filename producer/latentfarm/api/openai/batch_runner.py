@@ -27,7 +27,7 @@ from latentfarm.api.openai.images import Order, answer_of
 from latentfarm.api.openai.requests import wanted
 from latentfarm.api.problems import openai_style, problem_of
 from latentfarm.api.submitting import charged
-from latentfarm.farm import Farm
+from latentfarm.farm import DirectFarm
 from latentfarm.jobfiles.located import Enough
 from latentfarm.jobfiles.rows import Placed
 from latentfarm.jobs import FarmImage, Job
@@ -87,7 +87,7 @@ class BatchRunner:
 
     # ---- the file read, the jobs submitted
 
-    def _begin(self, record: Record, farm: Farm) -> None:
+    def _begin(self, record: Record, farm: DirectFarm) -> None:
         """Read the file whole and write down what it comes to, then submit the jobs; both may be done again."""
         batch = record.batch
         if not farm.store.exists(_kept(batch.id, "jobs.json")):
@@ -105,7 +105,7 @@ class BatchRunner:
             for job in jobs:
                 job.cancel()
 
-    def _read(self, record: Record, farm: Farm) -> list[LineError]:
+    def _read(self, record: Record, farm: DirectFarm) -> list[LineError]:
         """Read the file of a batch and keep what it comes to; return what is wrong with its structure."""
         batch = record.batch
         with tempfile.TemporaryDirectory(prefix="latentfarm-") as folder:
@@ -131,7 +131,7 @@ class BatchRunner:
         farm.store.put(_kept(batch.id, "jobs.json"), json.dumps(kept).encode(), "application/json")
         return []
 
-    def _submitted(self, record: Record, farm: Farm, specs: list[JobSpec]) -> list[Job]:
+    def _submitted(self, record: Record, farm: DirectFarm, specs: list[JobSpec]) -> list[Job]:
         key = next((key for key in self._callers.keys.ls() if key.id == record.key), None) if record.key else None
         caller = Caller(record.key or ANYBODY, farm, key)
         keyed = [spec.model_copy(update={"key": f"{record.batch.id}:{n}"}) for n, spec in enumerate(specs)]
@@ -143,7 +143,7 @@ class BatchRunner:
 
     # ---- the jobs watched
 
-    def _look(self, record: Record, farm: Farm) -> None:
+    def _look(self, record: Record, farm: DirectFarm) -> None:
         """Count what is done; go on when all jobs are over."""
         batch = record.batch
         if batch.status == "cancelling":  # whoever asked for it may have died before the jobs heard
@@ -160,7 +160,7 @@ class BatchRunner:
                 counts = batch.request_counts.model_copy(update={"completed": completed})
                 self._batches.put(record.changed(request_counts=counts), instead_of=batch.status)
 
-    def _cancel(self, record: Record, farm: Farm) -> None:
+    def _cancel(self, record: Record, farm: DirectFarm) -> None:
         """Cancel a batch's jobs, also those it never heard of; without any it is over."""
         jobs = list(record.jobs)
         if not jobs and farm.store.exists(_kept(record.batch.id, "jobs.json")):
@@ -172,7 +172,7 @@ class BatchRunner:
 
     # ---- the files written
 
-    def _finish(self, record: Record, farm: Farm) -> None:
+    def _finish(self, record: Record, farm: DirectFarm) -> None:
         """Write both files and end the batch. An output file is written though no request succeeded."""
         batch = record.batch
         if not record.jobs and batch.cancelling_at:  # it never began
@@ -214,7 +214,7 @@ class BatchRunner:
         )
         self._batches.put(changed, instead_of="finalizing")
 
-    def _answer(self, record: Record, farm: Farm, job: Job, line: Line) -> tuple[int, dict[str, Any]]:
+    def _answer(self, record: Record, farm: DirectFarm, job: Job, line: Line) -> tuple[int, dict[str, Any]]:
         """Return what a single request would have been answered."""
         try:
             order = Order(_Part(job, line.placed), wanted(line.body, farm), record.base, self._links, farm.ledger)
@@ -232,7 +232,7 @@ def _kept(batch_id: str, name: str) -> str:
     return f"batches/{batch_id}/{name}"
 
 
-def _lines(farm: Farm, batch_id: str, name: str) -> list[str]:
+def _lines(farm: DirectFarm, batch_id: str, name: str) -> list[str]:
     return [line for line in farm.store.get(_kept(batch_id, name)).decode().split("\n") if line]
 
 

@@ -22,7 +22,7 @@ from starlette.concurrency import run_in_threadpool
 
 from latentfarm.api.callers import Reader, Submitter
 from latentfarm.api.problems import documented
-from latentfarm.farm import Farm
+from latentfarm.farm import DirectFarm
 
 router = APIRouter(prefix="/files")
 MAX_FILE = 200 * 2**20
@@ -47,7 +47,7 @@ class FileObject(BaseModel):
 class Files:
     """An owner's files."""
 
-    def __init__(self, farm: Farm) -> None:
+    def __init__(self, farm: DirectFarm) -> None:
         """Look at those of this owner."""
         self._farm, self._redis = farm, farm.ledger.redis
         self._index = f"lf:openai:files:{farm.owner}"

@@ -13,7 +13,7 @@ from latentfarm_shared.records import CheckpointRecord
 from latentfarm_shared.specs import JobSpec
 from pydantic import BaseModel, ConfigDict, Field
 
-from latentfarm.farm import Farm
+from latentfarm.farm import DirectFarm
 
 NATIVE_SIZE = {"sd1": 512, "sd2": 768, "sdxl": 1024}
 STEPS = {
@@ -78,7 +78,7 @@ class Wanted:
         return f"{self.spec.width}x{self.spec.height}"
 
 
-def wanted(body: Mapping[str, Any], farm: Farm) -> Wanted:
+def wanted(body: Mapping[str, Any], farm: DirectFarm) -> Wanted:
     """Return what a request asks for.
 
     Raises:
@@ -137,7 +137,7 @@ def _size(size: Any, checkpoint: CheckpointRecord) -> dict[str, int]:
     return {"width": int(found[1]), "height": int(found[2])}
 
 
-def _checkpoint(model: Any, farm: Farm) -> tuple[CheckpointRecord, tuple[str, ...]]:
+def _checkpoint(model: Any, farm: DirectFarm) -> tuple[CheckpointRecord, tuple[str, ...]]:
     """Return the checkpoint a request means, and what should be said of that.
 
     Raises:

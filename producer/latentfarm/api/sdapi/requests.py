@@ -13,7 +13,7 @@ from latentfarm_shared.records import CheckpointRecord
 from latentfarm_shared.specs import JobSpec
 from pydantic import BaseModel, ConfigDict, Field
 
-from latentfarm.farm import Farm
+from latentfarm.farm import DirectFarm
 
 UNSUPPORTED: dict[str, tuple[Any, ...]] = {
     "styles": (None, [], ""),
@@ -68,7 +68,7 @@ class Txt2ImgRequest(BaseModel):
     infotext: str | None = None
 
 
-def spec_of(request: Mapping[str, Any], farm: Farm, default_model: str, options: Mapping[str, Any]) -> JobSpec:
+def spec_of(request: Mapping[str, Any], farm: DirectFarm, default_model: str, options: Mapping[str, Any]) -> JobSpec:
     """Return the job that a request asks for; `options` are the caller's own settings, under the request's.
 
     Raises:
@@ -178,7 +178,7 @@ def title_of(record: CheckpointRecord) -> str:
     return f"{record.name}.safetensors [{record.weights_hash[:10]}]"
 
 
-def resolve_model(title: str, farm: Farm) -> CheckpointRecord:
+def resolve_model(title: str, farm: DirectFarm) -> CheckpointRecord:
     """Return the checkpoint that a title, a file's name, a name or a hash means.
 
     Raises:

@@ -16,7 +16,7 @@ from latentfarm.api.problems import documented
 from latentfarm.api.sdapi.requests import resolve_model, supported_settings, title_of
 from latentfarm.api.sdapi.tasks import Tasks, fraction, task_of
 from latentfarm.api.sdapi.txt2img import default_model
-from latentfarm.farm import Farm
+from latentfarm.farm import DirectFarm
 
 router = APIRouter(tags=["A1111"], responses=documented())
 AHEAD = 200
@@ -62,7 +62,7 @@ def progress(caller: Reader, *, skip_current_image: Annotated[bool, Query()] = F
     }
 
 
-def _seen(farm: Farm, flights: dict[str, dict[int, Any]]) -> bytes | None:
+def _seen(farm: DirectFarm, flights: dict[str, dict[int, Any]]) -> bytes | None:
     """Return what the first image in flight looks like so far, and ask for more of it."""
     job = next((job for job, found in flights.items() if found), None)
     if job is None:

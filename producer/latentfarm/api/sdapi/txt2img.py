@@ -24,7 +24,7 @@ from latentfarm.api.sdapi.requests import Txt2ImgRequest, spec_of
 from latentfarm.api.sdapi.tasks import PREFIX, Tasks, task_of
 from latentfarm.api.submitting import digest_of, submit
 from latentfarm.api.waits import LATER, Gone, Repeats, later, waited
-from latentfarm.farm import Farm
+from latentfarm.farm import DirectFarm
 from latentfarm.jobs import FarmImage, Job, WaitTimeout
 
 router = APIRouter(tags=["A1111"])
@@ -82,7 +82,7 @@ def submit_task(request: Request, caller: Caller, body: Mapping[str, Any], job_i
     """Submit the job of a request as one of the caller's tasks, under an id if one was chosen.
 
     Raises:
-        UsageError, Busy, Unavailable: as Farm.submit.
+        UsageError, Busy, Unavailable: as DirectFarm.submit.
     """
     tasks = Tasks(caller)
     task = body.get("force_task_id") or f"task(txt2img-{secrets.token_hex(8)})"
@@ -95,7 +95,7 @@ def submit_task(request: Request, caller: Caller, body: Mapping[str, Any], job_i
     return job
 
 
-def default_model(farm: Farm, tasks: Tasks) -> str:
+def default_model(farm: DirectFarm, tasks: Tasks) -> str:
     """Return the model a caller set in its options, else the first of the farm by name."""
     chosen = tasks.options().get("sd_model_checkpoint")
     if isinstance(chosen, str) and chosen:

@@ -12,10 +12,11 @@ from latentfarm_shared.library import check_owner
 from latentfarm_shared.names import LATENT_UPSCALERS, PLAIN_UPSCALERS, SAMPLERS, SCHEDULES, TRAITS
 from pydantic import BaseModel
 
-from latentfarm.api.answers import CheckpointAnswer, answer
+from latentfarm.api.answers import answer
 from latentfarm.api.callers import Admin, Caller, Reader
 from latentfarm.api.problems import addressed, documented
 from latentfarm.keys import ApiKey, ApiKeys
+from latentfarm.views import CheckpointAnswer
 
 router = APIRouter(tags=["farm"])
 EVERYBODY = "-"

@@ -15,10 +15,11 @@ from latentfarm_shared.parameters import short
 from pydantic import BaseModel
 from starlette.concurrency import run_in_threadpool
 
-from latentfarm.api.answers import EmbeddingAnswer, answer
+from latentfarm.api.answers import answer
 from latentfarm.api.callers import Librarian, Reader
 from latentfarm.api.problems import addressed, documented, problem_of
 from latentfarm.library import Taken
+from latentfarm.views import EmbeddingAnswer
 
 router = APIRouter(tags=["embeddings"])
 MAX_UPLOAD = 32 * 2**20

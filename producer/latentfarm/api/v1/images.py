@@ -9,11 +9,12 @@ from fastapi import Path as InPath
 from fastapi.responses import Response
 from latentfarm_shared.errors import UnknownName
 
-from latentfarm.api.answers import ImageAnswer, LinkAnswer, answer
+from latentfarm.api.answers import LinkAnswer, answer
 from latentfarm.api.callers import Caller, Reader
 from latentfarm.api.problems import documented
 from latentfarm.api.v1.jobs import JobId, own
 from latentfarm.jobs import FarmImage
+from latentfarm.views import ImageAnswer
 
 router = APIRouter(tags=["images"])
 Index = Annotated[int, InPath(ge=0, le=999_999, description="Which image of the job it is, from 0.")]

@@ -8,7 +8,7 @@ import secrets
 import tempfile
 from collections.abc import AsyncIterator
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -23,7 +23,7 @@ from latentfarm_shared.specs import JobSpec
 from pydantic import BaseModel, Field, ValidationError
 from starlette.concurrency import run_in_threadpool
 
-from latentfarm.api.answers import CausesAnswer, ImageAnswer, ImagePage, JobAnswer, JobPage, answer
+from latentfarm.api.answers import CausesAnswer, ImagePage, JobAnswer, JobPage, answer
 from latentfarm.api.callers import Caller, Reader, Submitter
 from latentfarm.api.problems import documented
 from latentfarm.api.submitting import charged, check_job_id, digest_of, submit
@@ -31,6 +31,7 @@ from latentfarm.api.watch import News, Watch
 from latentfarm.api.webhooks.hooks import HookRequest, Hooks
 from latentfarm.jobs import Job
 from latentfarm.planning import Plan
+from latentfarm.views import ImageAnswer
 
 MAX_WAIT_S = 300
 IDLE_S = 15.0
@@ -59,6 +60,8 @@ Prefer = Annotated[
     str | None,
     Header(max_length=200, description="`wait=N` holds the answer for up to N seconds until the job is over."),
 ]
+DefaultLane = Annotated[Literal["interactive", "batch"] | None, Query(description="Where the file does not say.")]
+DefaultModel = Annotated[str | None, Query(max_length=200, description="A checkpoint, where the file does not say.")]
 EXAMPLES = {
     "one embedding": {
         "summary": "Four pictures of a character that an embedding stands for",
@@ -227,18 +230,27 @@ async def submit_file(
     name: Annotated[str, Query(max_length=200, examples=["sweep.yaml"], description="Its ending tells what it is.")],
     *,
     anew: Annotated[bool, Query(description="Make new jobs instead of resuming those of the same file.")] = False,
+    lane: DefaultLane = None,
+    model: DefaultModel = None,
 ) -> Response:
     """Submit a sweep file or a table; the whole file is checked first. The same file again resumes."""
     with tempfile.TemporaryDirectory(prefix="latentfarm-") as folder:
         path = await _received(request, Path(folder), name)
-        jobs = await run_in_threadpool(_submit_file, request, caller, path, anew=anew)
+        jobs = await run_in_threadpool(_submit_file, request, caller, path, _defaults(lane, model), anew=anew)
         statuses = await run_in_threadpool(lambda: [JobAnswer.of(job.status()) for job in jobs])
     return answer(FileAnswer(jobs=statuses), 202)
 
 
-def _submit_file(request: Request, caller: Caller, path: Path, *, anew: bool) -> list[Job]:
-    specs = caller.farm.read_file(path).specs if caller.key and caller.key.images is not None else ()
-    return charged(request.app.state.callers, caller, specs, lambda: caller.farm.submit_file(path, anew=anew))
+def _defaults(lane: str | None, model: str | None) -> dict[str, str]:
+    """Return what is meant where a file does not say."""
+    return {name: value for name, value in (("lane", lane), ("model", model)) if value is not None}
+
+
+def _submit_file(request: Request, caller: Caller, path: Path, defaults: dict[str, str], *, anew: bool) -> list[Job]:
+    farm = caller.farm
+    specs = farm.read_file(path, defaults).specs if caller.key and caller.key.images is not None else ()
+    submitted = partial(farm.submit_file, path, anew=anew, defaults=defaults)
+    return charged(request.app.state.callers, caller, specs, submitted)
 
 
 async def _received(request: Request, folder: Path, name: str) -> Path:
@@ -278,11 +290,20 @@ def plan_job(caller: Reader, spec: Spec) -> Response:
     },
     max_body_size=MAX_FILE,
 )
-async def plan_file(request: Request, caller: Submitter, name: Annotated[str, Query(max_length=200)]) -> Response:
+async def plan_file(
+    request: Request,
+    caller: Submitter,
+    name: Annotated[str, Query(max_length=200)],
+    lane: DefaultLane = None,
+    model: DefaultModel = None,
+) -> Response:
     """Tell what the jobs of a file would do, without submitting them."""
     with tempfile.TemporaryDirectory(prefix="latentfarm-") as folder:
         path = await _received(request, Path(folder), name)
-        return answer(await run_in_threadpool(caller.farm.plan, path))
+        found = await run_in_threadpool(
+            lambda: caller.farm.plan(caller.farm.read_file(path, _defaults(lane, model)).specs)
+        )
+    return answer(found)
 
 
 @router.get("/jobs", response_model=JobPage, responses=documented())

@@ -15,7 +15,7 @@ from latentfarm_shared.parameters import short
 from pydantic import BaseModel, Field
 
 from latentfarm.addresses import origin
-from latentfarm.farm import Farm
+from latentfarm.farm import DirectFarm
 
 EventType = Literal[
     "job.started", "job.image", "job.paused", "job.completed",
@@ -51,7 +51,7 @@ class Hook(HookRequest):
 class Hooks:
     """The farm's webhooks, in Redis; secrets lie there encrypted with `LATENTFARM_SECRET_KEY`."""
 
-    def __init__(self, farm: Farm) -> None:
+    def __init__(self, farm: DirectFarm) -> None:
         """Look at this farm's."""
         self._redis, self._key = farm.ledger.redis, farm.settings.secret_key
 

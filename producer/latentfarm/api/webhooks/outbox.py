@@ -12,7 +12,7 @@ from latentfarm_shared.ledger.ledger import translated
 from pydantic import BaseModel
 
 from latentfarm.api.webhooks.hooks import Hook
-from latentfarm.farm import Farm
+from latentfarm.farm import DirectFarm
 
 BACK_OFF_S = (5, 30, 120, 600, 3600, 4 * 3600, 12 * 3600, 24 * 3600)
 KEPT_S, LOGGED = 7 * 86400, 200
@@ -62,7 +62,7 @@ def delivery_of(hook: Hook, event: str, what: str, data: dict[str, Any], at: flo
 class Outbox:
     """Deliveries, in Redis."""
 
-    def __init__(self, farm: Farm) -> None:
+    def __init__(self, farm: DirectFarm) -> None:
         """Keep them in this farm's."""
         self._redis = farm.ledger.redis
 

@@ -17,7 +17,7 @@ from latentfarm.addresses import PublicOnly, origin
 from latentfarm.api.webhooks.hooks import Hooks
 from latentfarm.api.webhooks.outbox import Attempt, Delivery, Outbox
 from latentfarm.downloads import USER_AGENT
-from latentfarm.farm import Farm
+from latentfarm.farm import DirectFarm
 
 AT_ONCE, BATCH = 8, 32
 CONNECT_S, READ_S, TOTAL_S, TURN_S = 5.0, 15.0, 20.0, 45.0
@@ -27,7 +27,7 @@ GONE = 410
 class Sender:
     """Sends what is due; call `step` about once a second, in as many processes as you like."""
 
-    def __init__(self, farm: Farm) -> None:
+    def __init__(self, farm: DirectFarm) -> None:
         """Send this farm's deliveries."""
         self._farm, self._hooks, self._outbox = farm, Hooks(farm), Outbox(farm)
         guard = PublicOnly(allow_private=farm.settings.allow_private_urls, total_s=TOTAL_S)

@@ -10,10 +10,10 @@ from latentfarm_shared.ledger import JobEvent, JobStatus
 from latentfarm_shared.ledger.ledger import translated
 from redis import WatchError
 
-from latentfarm.api.answers import BASE
 from latentfarm.api.webhooks.hooks import CURSORS, Hook, Hooks
 from latentfarm.api.webhooks.outbox import KEPT_S, Outbox, delivery_of
-from latentfarm.farm import Farm
+from latentfarm.farm import DirectFarm
+from latentfarm.views import BASE
 
 TURN_S, PAGE, PAGES = 10.0, 200, 5
 WATCHED = "lf:hook:watched"
@@ -27,7 +27,7 @@ KINDS = {
 class HookWatcher:
     """Looks for events that somebody wants to hear of; call `step` about once a second, in as many processes as you like."""
 
-    def __init__(self, farm: Farm) -> None:
+    def __init__(self, farm: DirectFarm) -> None:
         """Watch this farm's jobs."""
         self._farm, self._redis = farm, farm.ledger.redis
         self._hooks, self._outbox = Hooks(farm), Outbox(farm)
@@ -136,7 +136,7 @@ def _data(event: JobEvent, status: JobStatus, kind: str) -> dict[str, Any]:
     return told
 
 
-def enqueue(farm: Farm, pipe: Any, owner: str, kind: str, object_id: str) -> None:
+def enqueue(farm: DirectFarm, pipe: Any, owner: str, kind: str, object_id: str) -> None:
     """Write down, in a transaction, that something other than a job came to an end."""
     hooks, outbox = Hooks(farm), Outbox(farm)
     for hook in hooks.ls(owner):

@@ -1,0 +1,132 @@
+"""What the clients do, apart from how they do it: flows that ask for calls and pauses, run by a thread or an event loop.
+
+A flow is a generator. It yields a `Call`, and is sent the `Reply`; or it yields a `Pause`. Whatever takes several calls, and
+trying again, is written down once; `run` and `run_async` differ in waiting alone.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import random
+import time
+from collections.abc import Generator, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Protocol, TypeVar
+
+from latentfarm_shared.errors import FarmError
+
+T = TypeVar("T")
+
+TRIES = 5
+FIRST_PAUSE_S, LONGEST_PAUSE_S = 0.25, 8.0
+LONGEST_RETRY_AFTER_S = 30.0
+UNREACHABLE = 0
+AGAIN = frozenset({UNREACHABLE, 429, 502, 503, 504})
+
+
+@dataclass(frozen=True)
+class Call:
+    """A request; `path` begins behind the farm's address. `is_safe` says that it may be sent twice."""
+
+    method: str
+    path: str
+    query: Mapping[str, str | int | bool | None] = field(default_factory=dict)
+    json: Any = None
+    content: bytes | None = None
+    file: tuple[str, bytes] | None = None
+    form: Mapping[str, str] = field(default_factory=dict)
+    headers: Mapping[str, str] = field(default_factory=dict)
+    is_safe: bool = True
+
+
+@dataclass(frozen=True)
+class Reply:
+    """An answer; status 0 if there was none, and `content` says why. A farm in memory gives the `error` itself."""
+
+    status: int
+    content: bytes = b""
+    headers: Mapping[str, str] = field(default_factory=dict)
+    error: FarmError | None = None
+
+
+@dataclass(frozen=True)
+class Pause:
+    """Wait for so many seconds."""
+
+    seconds: float
+
+
+Step = Call | Pause
+Flow = Generator[Step, Reply | None, T]
+
+
+class Sends(Protocol):
+    """Sends calls and waits in this thread."""
+
+    def send(self, call: Call) -> Reply:
+        """Send a call and return its answer."""
+        ...
+
+
+class SendsAsync(Protocol):
+    """Sends calls from an event loop."""
+
+    async def send(self, call: Call) -> Reply:
+        """Send a call and return its answer."""
+        ...
+
+
+def run(flow: Flow[T], sends: Sends) -> T:
+    """Run a flow in this thread."""
+    reply: Reply | None = None
+    while True:
+        try:
+            step = flow.send(reply)
+        except StopIteration as done:
+            return done.value  # type: ignore[no-any-return]
+        reply = None
+        if isinstance(step, Call):
+            reply = sends.send(step)
+        else:
+            time.sleep(step.seconds)
+
+
+async def run_async(flow: Flow[T], sends: SendsAsync) -> T:
+    """Run a flow in this event loop."""
+    reply: Reply | None = None
+    while True:
+        try:
+            step = flow.send(reply)
+        except StopIteration as done:
+            return done.value  # type: ignore[no-any-return]
+        reply = None
+        if isinstance(step, Call):
+            reply = await sends.send(step)
+        else:
+            await asyncio.sleep(step.seconds)
+
+
+def asked(call: Call) -> Flow[Reply]:
+    """Send a call, again if that is safe and may help; return the last answer.
+
+    A full farm (429) took nothing, so that may always be repeated. `Retry-After` is kept to, up to half a minute.
+    """
+    for attempt in range(1, TRIES + 1):
+        reply = yield call
+        assert reply is not None  # noqa: S101 - a call is always answered
+        wait = _pause(reply, attempt)
+        if wait is None or attempt == TRIES or not (call.is_safe or reply.status == 429):
+            return reply
+        yield Pause(wait)
+    raise AssertionError("unreachable")  # pragma: no cover
+
+
+def _pause(reply: Reply, attempt: int) -> float | None:
+    """Return after how many seconds to try again; None if that would not help, or not soon."""
+    if reply.status not in AGAIN:
+        return None
+    told = reply.headers.get("retry-after", "")
+    if told.isdecimal():
+        return float(told) if float(told) <= LONGEST_RETRY_AFTER_S else None
+    pause = min(LONGEST_PAUSE_S, FIRST_PAUSE_S * 2.0 ** (attempt - 1))
+    return pause * random.uniform(0.5, 1.0)  # so that many clients do not come back at once

@@ -1,0 +1,106 @@
+"""Calls over HTTP: connections are kept, and several threads or tasks may call at once."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+from urllib.parse import urlsplit
+
+import httpx2
+from latentfarm_shared import __version__
+from latentfarm_shared.errors import InvalidField
+
+from latentfarm.client.flows import UNREACHABLE, Call, Reply
+
+TIMEOUT_S = 60.0
+CONNECTIONS = 32
+
+
+def checked(url: str) -> str:
+    """Return a farm's address without what does not belong to it.
+
+    Raises:
+        InvalidField: it is none.
+    """
+    try:
+        parts = urlsplit(url)
+        port_is_right = parts.port is None or parts.port > 0
+    except ValueError:
+        port_is_right = False
+    if not port_is_right or parts.scheme not in ("http", "https") or not parts.hostname or parts.username:
+        raise InvalidField("url", f"should be a farm's address, such as https://farm.example.com, got {url[:200]!r}")
+    return f"{parts.scheme}://{parts.netloc}{parts.path.rstrip('/')}"
+
+
+def _options(url: str, api_key: str | None, timeout_s: float) -> dict[str, Any]:
+    headers = {"user-agent": f"latentfarm/{__version__}"} | ({"authorization": f"Bearer {api_key}"} if api_key else {})
+    return {
+        "base_url": checked(url),
+        "headers": headers,
+        "timeout": timeout_s,
+        "limits": httpx2.Limits(max_connections=CONNECTIONS, max_keepalive_connections=CONNECTIONS),
+        "follow_redirects": False,  # a key is for the farm that it was made at
+    }
+
+
+def _arguments(call: Call) -> dict[str, Any]:
+    found: dict[str, Any] = {"params": _query(call.query), "headers": dict(call.headers)}
+    if call.json is not None:
+        found["json"] = call.json
+    if call.content is not None:
+        found["content"] = call.content
+    if call.file is not None:
+        found |= {"files": {"file": call.file}, "data": dict(call.form)}
+    return found
+
+
+def _query(values: Mapping[str, str | int | bool | None]) -> dict[str, str]:
+    shown = {name: value for name, value in values.items() if value is not None}
+    return {name: str(value).lower() if isinstance(value, bool) else str(value) for name, value in shown.items()}
+
+
+def _reply(answer: httpx2.Response) -> Reply:
+    return Reply(answer.status_code, answer.content, {name.lower(): value for name, value in answer.headers.items()})
+
+
+def _none(error: Exception, url: object) -> Reply:
+    reason = str(error) or type(error).__name__
+    return Reply(UNREACHABLE, f"{url} does not answer ({reason})".encode())
+
+
+class Http:
+    """Sends calls from threads."""
+
+    def __init__(self, url: str, api_key: str | None, timeout_s: float = TIMEOUT_S) -> None:
+        """Connect lazily."""
+        self._client = httpx2.Client(**_options(url, api_key, timeout_s))
+
+    def send(self, call: Call) -> Reply:
+        """Send a call and return its answer; one of status 0 if there was none."""
+        try:
+            return _reply(self._client.request(call.method, call.path, **_arguments(call)))
+        except httpx2.HTTPError as error:
+            return _none(error, self._client.base_url)
+
+    def close(self) -> None:
+        """Close the connections."""
+        self._client.close()
+
+
+class AsyncHttp:
+    """Sends calls from an event loop."""
+
+    def __init__(self, url: str, api_key: str | None, timeout_s: float = TIMEOUT_S) -> None:
+        """Connect lazily."""
+        self._client = httpx2.AsyncClient(**_options(url, api_key, timeout_s))
+
+    async def send(self, call: Call) -> Reply:
+        """Send a call and return its answer; one of status 0 if there was none."""
+        try:
+            return _reply(await self._client.request(call.method, call.path, **_arguments(call)))
+        except httpx2.HTTPError as error:
+            return _none(error, self._client.base_url)
+
+    async def close(self) -> None:
+        """Close the connections."""
+        await self._client.aclose()

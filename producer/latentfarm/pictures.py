@@ -1,0 +1,149 @@
+"""Pictures in users' hands: saved, downloaded side by side, shown in notebooks, laid out on sheets."""
+
+from __future__ import annotations
+
+import base64
+import html
+import io
+import os
+import tempfile
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from typing import TypeVar
+
+from latentfarm_shared.ledger import ImageState
+from PIL import Image
+
+from latentfarm.contact_sheet import contact_sheet
+
+SHOWN, ACROSS = 24, 4
+AT_ONCE = 8
+
+
+class Picture(ABC):
+    """An image of a job that can be had as a PNG."""
+
+    index: int
+    state: ImageState
+
+    @property
+    @abstractmethod
+    def seed(self) -> int:
+        """The image's own seed."""
+
+    @abstractmethod
+    def png(self) -> bytes:
+        """Return the picture's bytes."""
+
+    @property
+    def file_name(self) -> str:
+        """What it is called in a folder of its job's pictures."""
+        return f"{self.index:05d}-{self.seed}.png"
+
+    def pil(self) -> Image.Image:
+        """Return the picture as Pillow has it, RGB."""
+        with Image.open(io.BytesIO(self.png())) as picture:
+            return picture.convert("RGB")
+
+    def save(self, path: str | Path) -> Path:
+        """Write the picture to a file, making its folder; the file is there whole or not at all."""
+        path = Path(path)
+        write_whole(path, self.png())
+        return path
+
+    def _repr_png_(self) -> bytes | None:
+        """Show itself in a notebook, once there is a picture."""
+        return self.png() if self.state == "succeeded" else None
+
+
+P = TypeVar("P", bound=Picture)
+
+
+class Pictures(list[P]):
+    """Images in order, which a notebook shows as a gallery."""
+
+    def sheet(self, title: str = "", across: int = ACROSS) -> Image.Image:
+        """Return a contact sheet of those that are rendered, `across` in a row, each with its index and seed."""
+        done = [(f"{picture.index}: seed {picture.seed}", picture.png()) for picture in self if _is_done(picture)]
+        rows = [("", done[start : start + across]) for start in range(0, len(done), across)]
+        return contact_sheet(title, rows or [("nothing is rendered yet", [])])
+
+    def _repr_html_(self) -> str:
+        shown = [picture for picture in self if _is_done(picture)][:SHOWN]
+        cells = "".join(
+            f'<figure style="display:inline-block;margin:4px"><img width="192" src="data:image/png;base64,'
+            f'{base64.b64encode(picture.png()).decode()}"><figcaption>{picture.index}: seed {picture.seed}</figcaption></figure>'
+            for picture in shown
+        )
+        return f"<div>{cells}</div><p>{len(shown)} of {len(self)} images</p>"
+
+
+def _is_done(picture: Picture) -> bool:
+    return picture.state == "succeeded"
+
+
+def write_whole(path: Path, data: bytes) -> None:
+    """Write a file that is never seen half."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, part = tempfile.mkstemp(dir=path.parent, prefix=".part-")
+    try:
+        with os.fdopen(handle, "wb") as file:
+            file.write(data)
+        Path(part).chmod(0o644)
+        Path(part).replace(path)
+    except BaseException:
+        Path(part).unlink(missing_ok=True)
+        raise
+
+
+def download(
+    pictures: Iterable[Picture],
+    folder: Path,
+    at_once: int = AT_ONCE,
+    on_saved: Callable[[Path], None] | None = None,
+) -> list[Path]:
+    """Save those that are rendered, several at a time; files that are there already are kept. Return all their paths.
+
+    A download that was interrupted goes on where it was. `on_saved` hears of each file as it is there.
+    """
+    files: list[Path] = []
+    running: list[tuple[Path, Future[Path]]] = []
+    with ThreadPoolExecutor(at_once, "download") as threads:
+        try:
+            for picture in pictures:
+                if not _is_done(picture):
+                    continue
+                path = folder / picture.file_name
+                files.append(path)
+                if path.exists():
+                    _tell(on_saved, path)
+                    continue
+                running.append((path, threads.submit(picture.save, path)))
+                if len(running) > 2 * at_once:
+                    _finish(*running.pop(0), on_saved)
+            for path, future in running:
+                _finish(path, future, on_saved)
+        except BaseException:
+            threads.shutdown(cancel_futures=True)
+            raise
+    return files
+
+
+def _finish(path: Path, future: Future[Path], on_saved: Callable[[Path], None] | None) -> None:
+    future.result()
+    _tell(on_saved, path)
+
+
+def _tell(on_saved: Callable[[Path], None] | None, path: Path) -> None:
+    if on_saved is not None:
+        on_saved(path)
+
+
+def job_html(job_id: str, state: str, finished: int, total: int, prompt: str) -> str:
+    """Return what a notebook shows of a job."""
+    return (
+        f"<p><b>{html.escape(job_id)}</b> {html.escape(state)}: {finished} of {total}"
+        f' <progress value="{finished}" max="{total}"></progress><br>{html.escape(prompt)}</p>'
+    )

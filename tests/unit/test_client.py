@@ -1,0 +1,151 @@
+"""The clients without a farm: what is sent again, how errors come back, whose key goes where."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+
+import pytest
+from latentfarm.api.problems import problem_of
+from latentfarm.client import calls, flows
+from latentfarm.client.flows import Call, Reply, asked, run
+from latentfarm.client.problems import refuse_problem
+from latentfarm.client.profiles import Profile, Profiles, address_of, profiles_file, read_profiles, write_profiles
+from latentfarm_shared.errors import (
+    AlreadyTaken,
+    BadSettings,
+    Busy,
+    EmbeddingInUse,
+    EmbeddingRefused,
+    FarmError,
+    InvalidField,
+    NotAllowed,
+    Unavailable,
+    UnknownName,
+)
+from latentfarm_shared.specs import JobSpec
+
+
+class Script:
+    """Answers with one reply after the other and remembers what it was asked."""
+
+    def __init__(self, *replies: Reply) -> None:
+        self.replies, self.calls = list(replies), list[Call]()
+
+    def send(self, call: Call) -> Reply:
+        self.calls.append(call)
+        return self.replies.pop(0)
+
+
+@pytest.fixture(autouse=True)
+def pauses(monkeypatch: pytest.MonkeyPatch) -> list[float]:
+    slept: list[float] = []
+    monkeypatch.setattr("latentfarm.client.flows.time.sleep", slept.append)
+    return slept
+
+
+def full(after: str) -> Reply:
+    return Reply(429, b"{}", {"retry-after": after})
+
+
+SAFE, UNSAFE = Call("GET", "/x"), Call("POST", "/x", is_safe=False)
+
+
+@pytest.mark.parametrize(
+    ("call", "replies", "sent"),
+    [
+        (SAFE, [Reply(200)], 1),
+        (SAFE, [Reply(0, b"gone"), Reply(503), Reply(200)], 3),
+        (SAFE, [Reply(502)] * 9, flows.TRIES),
+        (SAFE, [Reply(500)], 1),
+        (SAFE, [Reply(404)], 1),
+        (UNSAFE, [Reply(0, b"gone")], 1),
+        (UNSAFE, [Reply(503)], 1),
+        (UNSAFE, [full("2"), Reply(202)], 2),
+        (SAFE, [full("3600")], 1),
+    ],
+)
+def test_calls_are_sent_again_where_that_is_safe_and_may_help(call: Call, replies: list[Reply], sent: int) -> None:
+    script = Script(*replies)
+    run(asked(call), script)
+    assert len(script.calls) == sent
+
+
+def test_retry_after_is_kept_to_and_pauses_grow(pauses: list[float]) -> None:
+    run(asked(SAFE), Script(full("7"), Reply(0), Reply(0), Reply(0), Reply(200)))
+    assert pauses[0] == 7
+    assert all(
+        flows.FIRST_PAUSE_S * 2**n / 2 <= pause <= flows.FIRST_PAUSE_S * 2**n for n, pause in enumerate(pauses[1:], 1)
+    )
+
+
+def test_submission_that_is_sent_again_has_the_same_id() -> None:
+    script = Script(Reply(0, b"gone"), Reply(202, b'{"id": "abc"}'))
+    assert run(calls.submit(JobSpec.check({"prompt": "a girl"})), script) == "abc"
+    first, again = script.calls
+    assert first.json["id"] == again.json["id"]
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        InvalidField("steps", "should be at most 150", 7),
+        UnknownName("sampler", "Eular", ("Euler",)),
+        EmbeddingRefused("x", "it is disabled"),
+        EmbeddingInUse("x", 3),
+        AlreadyTaken("job", "abc", "is somebody else's"),
+        NotAllowed("this API key has expired", is_known=False),
+        Busy("too much is waiting", 5),
+        Unavailable("Redis", "it is gone", "start it"),
+    ],
+)
+def test_errors_come_back_as_what_they_were(error: FarmError) -> None:
+    problem = problem_of(error)
+    with pytest.raises(type(error)) as caught:
+        refuse_problem(Reply(problem.status, problem.model_dump_json().encode()))
+    told = caught.value
+
+    assert str(told) == str(error)
+    assert (told.code, told.exit_code) == (error.code, error.exit_code)
+    names: Mapping[type[FarmError], tuple[str, ...]] = {
+        InvalidField: ("field", "line"), UnknownName: ("kind", "name", "suggestions"),
+        Busy: ("retry_after_s",), NotAllowed: ("reason", "is_known"),
+    }  # fmt: skip
+    for name in names.get(type(error), ()):
+        assert getattr(told, name) == getattr(error, name), name
+
+
+@pytest.mark.parametrize("content", [b"<html>bad gateway</html>", b"", b"[]", b'{"title": 3}'])
+def test_answer_of_something_that_is_no_farm_says_so(content: bytes) -> None:
+    with pytest.raises(Unavailable, match="not as a farm does"):
+        refuse_problem(Reply(404, content))
+
+
+def test_profiles_are_kept_for_the_user_alone(tmp_path: Path) -> None:
+    environ = {"LATENTFARM_CONFIG": str(tmp_path / "config")}
+    found = Profiles(current="studio", profiles={"studio": Profile(url="https://farm", api_key="lf_x")})
+    write_profiles(found, environ)
+    write_profiles(found, environ)
+
+    assert read_profiles(environ) == found
+    assert profiles_file(environ).stat().st_mode & 0o077 == 0
+    profiles_file(environ).write_text("{")
+    with pytest.raises(BadSettings, match="log in again"):
+        read_profiles(environ)
+
+
+def test_key_of_one_farm_is_not_sent_to_another(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("LATENTFARM_CONFIG", str(tmp_path))
+    with pytest.raises(InvalidField, match="login"):
+        address_of(None, None)
+    monkeypatch.setenv("LATENTFARM_API_KEY", "lf_mine")
+    assert address_of("https://one", None) == ("https://one", "lf_mine")
+    monkeypatch.setenv("LATENTFARM_API_URL", "https://one")
+    assert address_of("https://one", None) == ("https://one", "lf_mine")
+    assert address_of("https://other", None) == ("https://other", None)
+    assert address_of(None, None) == ("https://one", "lf_mine")
+    monkeypatch.delenv("LATENTFARM_API_URL")
+    write_profiles(Profiles(current="a", profiles={"a": Profile(url="https://a", api_key="lf_a")}))
+    assert address_of(None, None) == ("https://a", "lf_a")
+    assert json.loads(profiles_file().read_text())["current"] == "a"
