@@ -23,6 +23,9 @@ from latentfarm_shared.records import BlobFile, CheckpointRecord, EmbeddingRecor
 REFERENCE = Path(os.environ.pop("LATENTFARM_VECTORS", Path(__file__).parents[2] / "shared"))
 
 
+os.environ["LATENTFARM_CONFIG"] = tempfile.mkdtemp(prefix="latentfarm-config-")  # nobody is logged in
+
+
 def reference(*parts: str) -> Path:
     """Return a reference file; without it the test skips on a laptop and fails in CI."""
     path = REFERENCE.joinpath(*parts)

@@ -4,18 +4,25 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 if TYPE_CHECKING:
     from latentfarm_shared.ledger import JobStatus
 
 Tell = Callable[["JobStatus"], None]
-Update = Callable[[int, int | None, str], None]
+
+
+class Update(Protocol):
+    """Tells a bar how many are done, of how many if that is known, and a word on the state."""
+
+    def __call__(self, done: int, total: int | None, word: str) -> None:
+        """Tell it."""
+        ...
 
 
 @contextmanager
 def bar() -> Iterator[Update]:
-    """Show a bar; yield a function that takes how many are done, of how many if that is known, and a word on the state."""
+    """Show a bar; yield what moves it."""
     from rich.console import Console  # noqa: PLC0415 - it takes long to import
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn  # noqa: PLC0415
 

@@ -24,17 +24,17 @@ def contact_sheet(title: str, rows: Sequence[tuple[str, Sequence[tuple[str, byte
     draw.text((MARGIN, MARGIN), title, INK, ImageFont.load_default(16))
     top = MARGIN + 2 * LINE
     for heading, pictures in rows:
-        draw.text((MARGIN, top), _fit(draw, heading, sheet.width - 2 * MARGIN, font), INK, font)
+        draw.text((MARGIN, top), fit(draw, heading, sheet.width - 2 * MARGIN, font), INK, font)
         for column, (caption, png) in enumerate(pictures):
             left = MARGIN + column * (COLUMN_WIDTH + MARGIN)
             picture = Image.open(io.BytesIO(png)).convert("RGB")
             sheet.paste(picture.resize((COLUMN_WIDTH, COLUMN_WIDTH), Image.Resampling.LANCZOS), (left, top + LINE))
-            draw.text((left, top + LINE + COLUMN_WIDTH + 3), _fit(draw, caption, COLUMN_WIDTH, font), INK, font)
+            draw.text((left, top + LINE + COLUMN_WIDTH + 3), fit(draw, caption, COLUMN_WIDTH, font), INK, font)
         top += COLUMN_WIDTH + 2 * LINE + 2 * MARGIN
     return sheet
 
 
-def _fit(draw: ImageDraw.ImageDraw, text: str, width: int, font: ImageFont.FreeTypeFont | ImageFont.ImageFont) -> str:
+def fit(draw: ImageDraw.ImageDraw, text: str, width: int, font: ImageFont.FreeTypeFont | ImageFont.ImageFont) -> str:
     """Shorten a text until it fits."""
     if draw.textlength(text, font) <= width:
         return text
@@ -59,9 +59,9 @@ def axis_sheet(spec: JobSpec, pictures: Mapping[int, bytes]) -> Image.Image:
     size = left + len(columns) * (CELL + 4) + MARGIN, 2 * MARGIN + 2 * LABEL + len(rows) * (CELL + 4)
     sheet = Image.new("RGB", size, PAPER)
     draw = ImageDraw.Draw(sheet)
-    draw.text((MARGIN, MARGIN), _fit(draw, spec.prompt, size[0] - 2 * MARGIN, font), INK, font)
+    draw.text((MARGIN, MARGIN), fit(draw, spec.prompt, size[0] - 2 * MARGIN, font), INK, font)
     for column, label in enumerate(columns):
-        draw.text((left + column * (CELL + 4), MARGIN + LABEL), _fit(draw, label, CELL, font), INK, font)
+        draw.text((left + column * (CELL + 4), MARGIN + LABEL), fit(draw, label, CELL, font), INK, font)
     for row, label in enumerate(rows):
         top = MARGIN + 2 * LABEL + row * (CELL + 4)
         draw.text((MARGIN, top + CELL // 2), label, INK, font)

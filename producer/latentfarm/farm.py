@@ -381,6 +381,10 @@ class DirectFarm(Generates[Job]):
         """Return what an owner may have; None is everybody who has no limits of their own."""
         return self.ledger.limits(owner)
 
+    def usage(self, owner: str) -> dict[str, int]:
+        """Return how many images of an owner are `running` and `queued`."""
+        return self.ledger.usage(owner)
+
     def set_limits(self, owner: str | None, limits: Limits) -> None:
         """Set what an owner may have."""
         self.ledger.set_limits(owner, limits)

@@ -21,8 +21,10 @@ from latentfarm_shared.storage import ObjectStore
 from latentfarm_shared.sweeps.axes import Point
 from latentfarm_shared.tables import TableStore
 from latentfarm_shared.vocabularies import Vocabularies
+from PIL import Image as PilImage
 
 from latentfarm.bars import told
+from latentfarm.comparison import comparison
 from latentfarm.pictures import Picture, Pictures, download, job_html
 from latentfarm.waiting import Cause, causes
 
@@ -275,6 +277,16 @@ class Job:
     def images(self) -> Pictures[FarmImage]:
         """All images in order, as they stand now."""
         return Pictures(self.iter_images())
+
+    def compare(self, x: str, y: str | None = None) -> PilImage.Image:
+        """Return a grid of the job's pictures, `x` varying across and `y` down, each value written beside it.
+
+        Both are fields (`seed`, `sampler`, `cfg_scale`, `embedding` …) or axes of a sweep (`strength:NAME`).
+
+        Raises:
+            InvalidField: the images have no such field; names the nearest.
+        """
+        return comparison(self.iter_images(), x, y, self.status().prompt)
 
     def _repr_html_(self) -> str:
         status = self.status()

@@ -421,6 +421,10 @@ class Memory:
             self.limits[owner] = Limits.model_validate(call.json)
         return _json(self.limits.get(owner, Limits()).model_dump())
 
+    @_route("GET", "/limits/([^/]+)/usage")
+    def _usage(self, _call: Call, _owner: str) -> Reply:
+        return _json({"running": 0, "queued": sum(job.states.count("queued") for job in self.jobs.values())})
+
     @_route("GET", "/whoami")
     def _whoami(self, _call: Call) -> Reply:
         return _json({"owner": "memory"})

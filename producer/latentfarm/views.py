@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from latentfarm_shared.ledger import ImageState
-from latentfarm_shared.records import CheckpointRecord, EmbeddingRecord
+from latentfarm_shared.records import CheckpointRecord, EmbeddingRecord, family_of
 from pydantic import BaseModel, Field
 
 from latentfarm.jobs import FarmImage
@@ -57,11 +57,22 @@ class EmbeddingAnswer(BaseModel):
     file_sha256: str
     widths: dict[str, int]
     internal_name: str | None
+    layout: str
+
+    @property
+    def family(self) -> str:
+        """The family its widths belong to: sd1, sd2, sdxl, t5 or unknown."""
+        return family_of(self.widths, "unknown")
+
+    @property
+    def ti_hash(self) -> str:
+        """First 12 hex digits of the file's sha256, as in A1111's `TI hashes`."""
+        return self.file_sha256[:12]
 
     @classmethod
     def of(cls, record: EmbeddingRecord) -> EmbeddingAnswer:
         """Describe an embedding."""
-        shown = record.model_dump(mode="json", exclude={"layout", "allow_word"})
+        shown = record.model_dump(mode="json", exclude={"allow_word"})
         return cls.model_validate(shown | {"version": record.version})
 
 

@@ -144,6 +144,8 @@ class _Environment(BaseModel):
 
 
 VARIABLES = tuple(_Environment.model_fields)
+CLIENT_VARIABLES = ("LATENTFARM_API_URL", "LATENTFARM_API_KEY", "LATENTFARM_CONFIG")
+"""Those that clients over HTTP read, and no process of the farm."""
 
 
 class Settings(BaseModel):
@@ -313,7 +315,7 @@ def environment_data(environ: Mapping[str, str] = os.environ) -> Path | None:
 
 def _read(environ: Mapping[str, str]) -> _Environment:
     for name in environ:
-        if name.startswith("LATENTFARM_") and name not in VARIABLES:
+        if name.startswith("LATENTFARM_") and name not in VARIABLES + CLIENT_VARIABLES:
             near = nearest(name, VARIABLES, 1)
             raise BadSettings(name, "is not a setting" + (f"; did you mean {near[0]}?" if near else ""))
     values = {name: environ[name] for name in VARIABLES if environ.get(name)}

@@ -55,7 +55,8 @@ class Up:
 
 def clean_environment() -> dict[str, str]:
     """Return the environment without settings of another farm."""
-    return {k: v for k, v in os.environ.items() if not k.startswith(("LATENTFARM_", "AWS_ACCESS", "AWS_SECRET"))}
+    kept = {k: v for k, v in os.environ.items() if not k.startswith(("LATENTFARM_", "AWS_ACCESS", "AWS_SECRET"))}
+    return kept | {"LATENTFARM_CONFIG": os.devnull + "/nowhere"}
 
 
 def start_up(data: Path, *arguments: str, environ: dict[str, str] | None = None) -> Up:

@@ -195,6 +195,7 @@ def test_farm_tells_of_workers_and_limits(sdk: Any) -> None:
     sdk.set_limits(owner, Limits(running=3))
 
     assert sdk.limits(owner).running == 3
+    assert sdk.usage(owner) == {"running": 0, "queued": 0}
     assert isinstance(sdk.workers(), list)
     assert isinstance(sdk.aside(), dict)
     with pytest.raises(UnknownName):

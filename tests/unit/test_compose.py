@@ -12,10 +12,11 @@ import pytest
 import typer
 import yaml
 from latentfarm.cli.main import app
-from latentfarm_shared.settings import VARIABLES, Settings
+from latentfarm_shared.settings import CLIENT_VARIABLES, VARIABLES, Settings
 
 ROOT = Path(__file__).parents[2]
 COMPOSE: dict[str, Any] = yaml.safe_load((ROOT / "compose.yaml").read_text())
+TERMINALS = ("TERM", "TERM_PROGRAM", "COLORTERM", "KITTY_WINDOW_ID")
 SERVICES: dict[str, dict[str, Any]] = COMPOSE["services"]
 EXAMPLE = dict(
     line.split("=", 1)
@@ -44,14 +45,14 @@ def test_example_is_accepted_by_the_code(tmp_path: Path) -> None:
 def test_every_variable_is_in_the_documentation() -> None:
     table = (ROOT / "docs" / "settings.md").read_text()
 
-    assert [name for name in VARIABLES if f"`{name}`" not in table] == []
+    assert [name for name in VARIABLES + CLIENT_VARIABLES if f"`{name}`" not in table] == []
 
 
 def test_no_environment_is_read_elsewhere() -> None:
     pattern = re.compile(r"environ(?:\.get\(|\[)\s*[\"'](\w+)")
     for folder in ("producer", "worker", "shared"):
         for path in (ROOT / folder).rglob("*.py"):
-            found = set(pattern.findall(path.read_text())) - {"PATH"}
+            found = set(pattern.findall(path.read_text())) - {"PATH", *TERMINALS}
             assert found <= set(VARIABLES), path
 
 

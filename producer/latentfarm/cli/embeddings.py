@@ -10,16 +10,23 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from latentfarm.bars import bar
-from latentfarm.cli.output import Data, Json, connect, show
+from latentfarm.cli.output import Json, show
+from latentfarm.cli.reach import Data, connect, reach
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
 
     from latentfarm_shared.embeddings.files import EmbeddingFile
     from latentfarm_shared.records import EmbeddingRecord
     from latentfarm_shared.sources import Kind
 
+    from latentfarm.client.calls import Added
+    from latentfarm.client.sync import Embeddings as FarEmbeddings
     from latentfarm.library import EmbeddingCard, Embeddings, Taken
+    from latentfarm.views import EmbeddingAnswer
+
+    Library = Embeddings | FarEmbeddings
+    Shown = EmbeddingRecord | EmbeddingAnswer
 
 app = typer.Typer(no_args_is_help=True)
 
@@ -125,7 +132,7 @@ def add_embeddings(
     }  # fmt: skip
     if kind not in kinds:
         raise InvalidField("kind", f"{kind!r} should be model or negative")
-    embeddings = connect(data).embeddings
+    embeddings = reach(data).embeddings
     taken = [t for s in sources for t in embeddings.add_all(s, name, allow_word=allow_word, kind=kinds[kind])]
     _show_taken(embeddings, taken, as_json=as_json)
 
@@ -147,7 +154,7 @@ def import_a1111(
     _show_taken(embeddings, embeddings.import_a1111(folder, allow_word=allow_word), as_json=as_json)
 
 
-def _show_taken(embeddings: Embeddings, taken: Sequence[Taken], *, as_json: bool) -> None:
+def _show_taken(embeddings: Library, taken: Sequence[Taken | Added], *, as_json: bool) -> None:
     rows = _rows(embeddings, [record for one in taken for record in one.records], as_json=as_json)
     if as_json:
         refused = [{"source": one.source, "error": str(one.error)} for one in taken if one.error]
@@ -168,15 +175,22 @@ def list_embeddings(
     as_json: Json = False,
 ) -> None:
     """List embeddings."""
-    embeddings = connect(data).embeddings
+    embeddings = reach(data).embeddings
     show(_rows(embeddings, embeddings.ls(everything=everything), as_json=as_json), as_json=as_json)
 
 
 @app.command("show")
 def show_embedding(name: Name, data: Data = None, as_json: Json = False) -> None:
     """Show one embedding: versions, sources, norms of its vectors, nearest words, where it is used."""
-    farm = connect(data)
+    from latentfarm_shared.records import EmbeddingRecord  # noqa: PLC0415
+
+    from latentfarm.farm import DirectFarm  # noqa: PLC0415
+
+    farm = reach(data)
     record = farm.embeddings.show(name)
+    if not isinstance(farm, DirectFarm) or not isinstance(record, EmbeddingRecord):
+        _show_one(farm.embeddings, record, as_json=as_json)  # the rest is told where the farm is
+        return
     holding = sum(record.content_id in farm.ledger.residents(worker.name) for worker in farm.workers())
     card = farm.embeddings.card(name, holding)
     words = farm.nearest_words(record)
@@ -224,7 +238,7 @@ def alias(
     as_json: Json = False,
 ) -> None:
     """Give an embedding a second name."""
-    embeddings = connect(data).embeddings
+    embeddings = reach(data).embeddings
     _show_one(embeddings, embeddings.alias(name, new, allow_word=allow_word), as_json=as_json)
 
 
@@ -249,7 +263,7 @@ def rm(
     as_json: Json = False,
 ) -> None:
     """Remove embeddings; refused while an unfinished job uses them."""
-    embeddings = connect(data).embeddings
+    embeddings = reach(data).embeddings
     for name in names:
         embeddings.rm(name, force=force)
     if as_json:
@@ -344,23 +358,31 @@ def reindex(data: Data = None, as_json: Json = False) -> None:
     show([counts], as_json=as_json, single=True)
 
 
-def _show_one(embeddings: Embeddings, record: EmbeddingRecord, *, as_json: bool) -> None:
+def _show_one(embeddings: Library, record: Shown, *, as_json: bool) -> None:
     show(_rows(embeddings, [record], as_json=as_json), as_json=as_json, single=True)
+
+
+def _families(embeddings: Library) -> Callable[[Any], str]:
+    """Return what tells an embedding's family: the farm's checkpoints where they are at hand, else its widths."""
+    from latentfarm.library import Embeddings  # noqa: PLC0415
+
+    return embeddings.family if isinstance(embeddings, Embeddings) else lambda record: str(record.family)
 
 
 SHORT = ("name", "vectors", "family", "kind", "version", "state", "owner")
 
 
-def _rows(embeddings: Embeddings, records: Sequence[EmbeddingRecord], *, as_json: bool) -> list[dict[str, Any]]:
+def _rows(embeddings: Library, records: Sequence[Shown], *, as_json: bool) -> list[dict[str, Any]]:
     """Return embeddings as the command line prints them, in full as JSON."""
-    rows = [_row(record, embeddings.family(record)) for record in records]
+    family = _families(embeddings)
+    rows = [_row(record, family(record)) for record in records]
     if as_json:
         return rows
     owned = any(row["owner"] for row in rows)
     return [{key: row[key] for key in SHORT if key != "owner" or owned} for row in rows]
 
 
-def _row(record: EmbeddingRecord, family: str) -> dict[str, Any]:
+def _row(record: Shown, family: str) -> dict[str, Any]:
     return {
         "name": record.name,
         "vectors": record.vectors,

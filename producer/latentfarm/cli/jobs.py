@@ -2,29 +2,44 @@
 
 from __future__ import annotations
 
+import itertools
 import json
-import socket
+import sys
+import time
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from latentfarm.cli.output import Data, Json, connect, describe, show
+from latentfarm.cli.completion import (
+    complete_embedding,
+    complete_job,
+    complete_model,
+    complete_sampler,
+    complete_schedule,
+)
+from latentfarm.cli.output import Json, describe, show
+from latentfarm.cli.reach import Data, reach
 
 if TYPE_CHECKING:
     from latentfarm_shared.infotext import Infotext
     from latentfarm_shared.ledger import JobStatus
 
-    from latentfarm.jobs import Job
+    from latentfarm.client.sync import Job
+    from latentfarm.jobs import Job as DirectJob
     from latentfarm.planning import Plan
 
-app = typer.Typer(no_args_is_help=True)
-workers_app = typer.Typer(no_args_is_help=True)
-limits_app = typer.Typer(no_args_is_help=True)
+    AnyJob = Job | DirectJob
 
-HIDDEN = {"name", "cache_hits", "cache_misses", "queues", "lanes", "version", "loads", "embeddings"}
-JobId = Annotated[str, typer.Argument(help="The job's id, or its beginning.", show_default=False)]
-WorkerName = Annotated[str, typer.Argument(help="The worker's name, as 'workers ls' tells.", show_default=False)]
+app = typer.Typer(no_args_is_help=True)
+
+JobId = Annotated[
+    str, typer.Argument(help="The job's id, or its beginning.", show_default=False, autocompletion=complete_job)
+]
+State = Literal["queued", "running", "paused", "succeeded", "failed", "canceled", "expired"]
+THUMBNAILS, WATCHED, FOLLOW_S = 4, 10, 2.0
 Timeout = Annotated[float | None, typer.Option(help="Give up waiting after so many seconds.", show_default=False)]
 
 
@@ -32,14 +47,21 @@ def generate(  # noqa: PLR0917 - typer turns each into an option
     prompt: Annotated[str | None, typer.Argument(help="What to draw.", show_default=False)] = None,
     negative_prompt: Annotated[str | None, typer.Option("--negative", "-n", help="What not to draw.")] = None,
     embedding: Annotated[
-        list[str] | None, typer.Option("--embedding", "-e", help="NAME or NAME:neg; may be repeated.")
+        list[str] | None,
+        typer.Option("--embedding", "-e", help="NAME or NAME:neg; may be repeated.", autocompletion=complete_embedding),
     ] = None,
     source: Annotated[
         Path | None, typer.Option("--from", help="Take everything not given from this picture's parameters.")
     ] = None,
-    model: Annotated[str | None, typer.Option("--model", "-m", help="Checkpoint; demo.")] = None,
-    sampler: Annotated[str | None, typer.Option(help="Sampler, by its A1111 name; Euler.")] = None,
-    schedule: Annotated[str | None, typer.Option(help="Noise schedule; Automatic.")] = None,
+    model: Annotated[
+        str | None, typer.Option("--model", "-m", help="Checkpoint; demo.", autocompletion=complete_model)
+    ] = None,
+    sampler: Annotated[
+        str | None, typer.Option(help="Sampler, by its A1111 name; Euler.", autocompletion=complete_sampler)
+    ] = None,
+    schedule: Annotated[
+        str | None, typer.Option(help="Noise schedule; Automatic.", autocompletion=complete_schedule)
+    ] = None,
     steps: Annotated[int | None, typer.Option(help="1 to 150; 20.")] = None,
     cfg: Annotated[float | None, typer.Option("--cfg", help="CFG scale, 0 to 30; 7.")] = None,
     seed: Annotated[int | None, typer.Option(help="Seed of the first image; -1, the default, draws one.")] = None,
@@ -63,6 +85,9 @@ def generate(  # noqa: PLR0917 - typer turns each into an option
     ] = None,
     count: Annotated[int, typer.Option("--count", "-c", help="How many images, seeds counting up.")] = 1,
     output: Annotated[Path | None, typer.Option("--output", "-o", help="Save the pictures in this folder.")] = None,
+    thumbnails: Annotated[
+        bool, typer.Option("--thumbnails/--no-thumbnails", help="Show the first pictures here, if the terminal can.")
+    ] = True,
     detach: Annotated[bool, typer.Option("--detach", help="Print the id and do not wait.")] = False,
     timeout: Timeout = None,
     data: Data = None,
@@ -109,15 +134,17 @@ def generate(  # noqa: PLR0917 - typer turns each into an option
     spec = JobSpec.check(values)
     if output:
         output.mkdir(parents=True, exist_ok=True)
-    job = connect(data).submit(spec)
+    job = reach(data).submit(spec)
     if detach:
         _print_ids([job], as_json=as_json)
         return
-    for dropped in job.lock.dropped:
+    for dropped in job.status().dropped:
         typer.echo(f"latentfarm: {dropped.field}: goes on without {dropped.name!r}: {dropped.reason}", err=True)
     _follow(job, timeout)
     if output:
         _save(job, output)
+    if thumbnails:
+        _show(job)
     show([image.summary() for image in job.iter_images()], as_json=True) if as_json else typer.echo(job.id)
     _exit_code(job.status())
 
@@ -208,7 +235,7 @@ def submit(
         {"prompt": "masterpiece, corneo_dva", "embeddings": ["16-token-demo-neg:neg"], "seed": 43, "count": 4}
     """
     defaults = {"lane": lane} | ({"model": model} if model else {})
-    submitted = connect(data).submit_file(file, anew=anew, defaults=defaults)
+    submitted = reach(data).submit_file(file, anew=anew, defaults=defaults)
     _print_ids(submitted, as_json=as_json)
     if watch:
         for job in submitted:
@@ -220,11 +247,12 @@ def submit(
 @app.command("ls")
 def list_jobs(
     limit: Annotated[int, typer.Option(min=1, help="How many, the newest first.")] = 20,
+    state: Annotated[State | None, typer.Option(help="Only those in this state.", show_default=False)] = None,
     data: Data = None,
     as_json: Json = False,
 ) -> None:
     """List jobs, the newest first."""
-    statuses = connect(data).ledger.jobs(limit)
+    statuses = reach(data).statuses(limit, state)
     rows = [describe(status) for status in statuses]
     if not as_json:
         rows = [{k: row[k] for k in ("id", "state", "total", "counts", "prompt")} for row in rows]
@@ -234,44 +262,136 @@ def list_jobs(
 @app.command("show")
 def show_job(job: JobId, data: Data = None, as_json: Json = False) -> None:
     """Show where a job stands."""
-    show([describe(connect(data).job(job).status())], as_json=as_json, single=True)
+    show([describe(reach(data).job(job).status())], as_json=as_json, single=True)
 
 
 @app.command("images")
-def images(job: JobId, data: Data = None, as_json: Json = False) -> None:
+def images(
+    job: JobId,
+    thumbnails: Annotated[bool, typer.Option("--thumbnails", help="Show the pictures, if the terminal can.")] = False,
+    data: Data = None,
+    as_json: Json = False,
+) -> None:
     """List a job's images."""
-    rows = [image.summary() for image in connect(data).job(job).iter_images()]
+    found = reach(data).job(job)
+    rows = [image.summary() for image in found.iter_images()]
     if not as_json:
-        rows = [{k: row[k] for k in ("index", "state", "seed", "s3_url")} for row in rows]
+        rows = [
+            {k: row[k] for k in ("index", "state", "seed")} | {"picture": row.get("s3_url") or row.get("url")}
+            for row in rows
+        ]
     show(rows, as_json=as_json)
+    if thumbnails:
+        _show(found, most=len(rows))
 
 
 @app.command("watch")
-def watch_job(job: JobId, timeout: Timeout = None, data: Data = None, as_json: Json = False) -> None:
-    """Follow a job to its end."""
-    found = connect(data).job(job)
-    _follow(found, timeout)
+def watch_jobs(
+    job: Annotated[
+        list[str] | None,
+        typer.Argument(
+            help="Ids, or their beginnings; all your recent jobs, if left out.", autocompletion=complete_job
+        ),
+    ] = None,
+    timeout: Timeout = None,
+    data: Data = None,
+    as_json: Json = False,
+) -> None:
+    """Follow jobs in a table that moves, to their end; without an id the newest ten, until Ctrl-C.
+
+    Examples:
+
+        latentfarm jobs watch 5f0c1d2e
+
+        latentfarm jobs watch
+    """
+    from latentfarm.cli.watching import watch  # noqa: PLC0415 - keeps --help fast
+
+    farm = reach(data)
+    if not job:
+        watch(lambda: farm.statuses(WATCHED), is_endless=True)
+        return
+    found = [farm.job(name) for name in job]
+    if sys.stderr.isatty():
+        watch(lambda: [each.status() for each in found], is_endless=False, timeout_s=timeout)
+    else:
+        for each in found:
+            _follow(each, timeout)
+    statuses = [each.status() for each in found]
     if as_json:
-        show([describe(found.status())], as_json=True, single=True)
-    _exit_code(found.status())
+        show([describe(status) for status in statuses], as_json=True, single=len(found) == 1)
+    for status in statuses:
+        _exit_code(status)
 
 
 @app.command("download")
 def download(
     job: JobId,
     output: Annotated[Path, typer.Option("--output", "-o", help="Folder to save in.")] = Path(),
+    follow: Annotated[bool, typer.Option("--follow", help="Go on until the job is over.")] = False,
     data: Data = None,
     as_json: Json = False,
 ) -> None:
-    """Save a job's finished pictures; prints the files."""
-    files = [str(path) for path in connect(data).job(job).download(output)]
+    """Save a job's finished pictures, several at a time; prints the files. Again, it goes on where it was.
+
+    Example:
+
+        latentfarm jobs download 5f0c1d2e -o pictures --follow
+    """
+    from latentfarm.bars import bar  # noqa: PLC0415
+
+    found = reach(data).job(job)
+    with bar() as update:
+        while True:
+            status = found.status()
+            files = [str(path) for path in _saved(found, output, partial(update, total=status.total, word="saved"))]
+            if not follow or status.is_final:
+                break
+            time.sleep(FOLLOW_S)
     typer.echo(json.dumps(files, ensure_ascii=False) if as_json else "\n".join(files))
+
+
+def _saved(job: AnyJob, folder: Path, tell: Callable[[int], None]) -> list[Path]:
+    """Save what is finished, telling how many are there."""
+    count = itertools.count(1)
+    return job.download(folder, lambda _path: tell(next(count)))
+
+
+@app.command("compare")
+def compare(
+    job: JobId,
+    x: Annotated[
+        str, typer.Option("--x", help="What varies across: seed, sampler, cfg_scale, embedding, strength:NAME …")
+    ],
+    y: Annotated[str | None, typer.Option("--y", help="What varies down.", show_default=False)] = None,
+    output: Annotated[Path, typer.Option("--output", "-o", help="Save the grid as this picture.")] = Path(
+        "compare.png"
+    ),
+    thumbnails: Annotated[
+        bool, typer.Option("--thumbnails/--no-thumbnails", help="Show it here, if the terminal can.")
+    ] = True,
+    data: Data = None,
+) -> None:
+    """Lay a job's pictures out in a grid with labelled axes; prints the file.
+
+    Example:
+
+        latentfarm jobs compare 5f0c1d2e --x cfg_scale --y seed -o grid.png
+    """
+    from latentfarm.cli.thumbnails import show_thumbnails  # noqa: PLC0415
+
+    sheet = reach(data).job(job).compare(x, y)
+    output.parent.mkdir(parents=True, exist_ok=True)
+    sheet.save(output)
+    if thumbnails:
+        show_thumbnails([output.read_bytes()])
+    typer.echo(str(output))
 
 
 @app.command("cancel")
 def cancel(job: JobId, data: Data = None, as_json: Json = False) -> None:
     """Cancel what is not rendered yet."""
-    found = connect(data).job(job)
+    found = reach(data).job(job)
     found.cancel()
     if as_json:
         show([describe(found.status())], as_json=True, single=True)
@@ -288,7 +408,7 @@ def plan(
 
         latentfarm plan sweep.yaml
     """
-    found = connect(data).plan(file)
+    found = reach(data).plan(file)
     if as_json:
         typer.echo(found.model_dump_json())
     else:
@@ -320,19 +440,19 @@ def _plan_text(found: Plan) -> str:
 @app.command("pause")
 def pause(job: JobId, data: Data = None) -> None:
     """Hand out no more images of a job; what is in flight goes on."""
-    connect(data).job(job).pause()
+    reach(data).job(job).pause()
 
 
 @app.command("resume")
 def resume(job: JobId, data: Data = None) -> None:
     """Go on with a paused job."""
-    connect(data).job(job).resume()
+    reach(data).job(job).resume()
 
 
 @app.command("approve")
 def approve(job: JobId, data: Data = None) -> None:
     """Go on with a job whose first images were to be seen before the rest."""
-    connect(data).job(job).approve()
+    reach(data).job(job).approve()
 
 
 @app.command("retry")
@@ -342,7 +462,7 @@ def retry(
     data: Data = None,
 ) -> None:
     """Render again what failed."""
-    connect(data).job(job).retry(missing=missing)
+    reach(data).job(job).retry(missing=missing)
 
 
 @app.command("priority")
@@ -352,13 +472,13 @@ def priority(
     data: Data = None,
 ) -> None:
     """Put a job before or behind your others."""
-    connect(data).job(job).prioritise(value)
+    reach(data).job(job).prioritise(value)
 
 
 @app.command("why")
 def why(job: JobId, data: Data = None, as_json: Json = False) -> None:
     """Tell why a job's images wait."""
-    farm = connect(data)
+    farm = reach(data)
     rows = [cause.model_dump() for cause in farm.why(farm.job(job).id)]
     if rows or as_json:
         show(rows, as_json=as_json)
@@ -374,7 +494,7 @@ def events(
     as_json: Json = False,
 ) -> None:
     """List what happened to a job; of many events the newest thousand."""
-    show([event.model_dump() for event in connect(data).job(job).events(after)], as_json=as_json)
+    show([event.model_dump() for event in reach(data).job(job).events(after)], as_json=as_json)
 
 
 @app.command("manifest")
@@ -384,96 +504,8 @@ def manifest(
     data: Data = None,
 ) -> None:
     """Print a finished job's manifest, a line of JSON for every image."""
-    text = connect(data).job(job).manifest("failed" if failed else "manifest")
+    text = reach(data).job(job).manifest("failed" if failed else "manifest")
     typer.echo(text.decode(), nl=False)
-
-
-@workers_app.command("show")
-def show_worker(name: WorkerName, data: Data = None, as_json: Json = False) -> None:
-    """Show what a worker says of itself."""
-    from latentfarm_shared.errors import UnknownName  # noqa: PLC0415
-
-    workers = {worker.station: worker for worker in connect(data).workers()}
-    if name not in workers:
-        raise UnknownName.among("worker", name, workers)
-    show([workers[name].model_dump(mode="json")], as_json=as_json, single=True)
-
-
-@workers_app.command("drain")
-def drain(name: WorkerName, data: Data = None) -> None:
-    """Let a worker claim nothing more; what it has is finished. It stays so over restarts."""
-    connect(data).ledger.drain(name)
-
-
-@workers_app.command("undrain")
-def undrain(name: WorkerName, data: Data = None) -> None:
-    """Let a drained worker go on."""
-    connect(data).ledger.drain(name, on=False)
-
-
-@workers_app.command("release")
-def release(name: WorkerName, data: Data = None) -> None:
-    """Let a worker work again that was set aside because it kept dying."""
-    connect(data).ledger.let_back(name)
-
-
-@limits_app.command("set")
-def set_limits(
-    owner: Annotated[str | None, typer.Argument(help="Whose; everybody's who has none, if left out.")] = None,
-    weight: Annotated[
-        float | None, typer.Option(help="Share of the farm, beside others' 1.", show_default=False)
-    ] = None,
-    running: Annotated[int | None, typer.Option(help="Images at once.", show_default=False)] = None,
-    queued: Annotated[int | None, typer.Option(help="Images waiting.", show_default=False)] = None,
-    data: Data = None,
-) -> None:
-    """Set what an owner may have; what is not given is unbounded."""
-    from latentfarm_shared.errors import InvalidField  # noqa: PLC0415
-    from latentfarm_shared.ledger import Limits  # noqa: PLC0415
-    from pydantic import ValidationError  # noqa: PLC0415
-
-    try:
-        limits = Limits(weight=weight, running=running, queued=queued)
-    except ValidationError as error:
-        first = error.errors()[0]
-        raise InvalidField(str(first["loc"][0]), f"{first['msg'].lower()}, got {first['input']}") from error
-    connect(data).ledger.set_limits(owner, limits)
-
-
-@limits_app.command("show")
-def show_limits(
-    owner: Annotated[str, typer.Argument(help="Whose.")] = "", data: Data = None, as_json: Json = False
-) -> None:
-    """Show what an owner may have, and has."""
-    ledger = connect(data).ledger
-    own, others = ledger.limits(owner).model_dump(), ledger.limits(None).model_dump()
-    row = {name: value if value is not None else others[name] for name, value in own.items()}
-    has = {f"{name}_now": value for name, value in ledger.usage(owner).items()}
-    show([row | has], as_json=as_json, single=True)
-
-
-@workers_app.command("ls")
-def list_workers(
-    here: Annotated[bool, typer.Option("--here", help="Only this machine's; exit 1 if none is ready.")] = False,
-    data: Data = None,
-    as_json: Json = False,
-) -> None:
-    """List the workers that are alive."""
-    farm = connect(data)
-    names = {record.hash: record.name for record in farm.models.ls()}
-    workers = [w for w in farm.workers() if not here or w.host == socket.gethostname()]
-    rows = []
-    for worker in workers:
-        row = {"name": worker.station} | worker.model_dump(mode="json", exclude={"name"} if as_json else HIDDEN)
-        row["checkpoints"] = [names.get(checkpoint, checkpoint[:12]) for checkpoint in worker.checkpoints]
-        rows.append(row)
-    show(rows, as_json=as_json)
-    for station, story in farm.ledger.aside().items():
-        typer.echo(
-            f"set aside: {station}: {story}; 'latentfarm workers release {station}' lets it work again", err=True
-        )
-    if here and not any(worker.checkpoints for worker in workers):
-        raise typer.Exit(1)
 
 
 def read_size(text: str) -> dict[str, int]:
@@ -486,7 +518,7 @@ def read_size(text: str) -> dict[str, int]:
     return {"width": int(width), "height": int(height)}
 
 
-def _print_ids(jobs: list[Job], *, as_json: bool) -> None:
+def _print_ids(jobs: Sequence[AnyJob], *, as_json: bool) -> None:
     if as_json:
         show([describe(job.status()) for job in jobs], as_json=True)
         return
@@ -494,13 +526,22 @@ def _print_ids(jobs: list[Job], *, as_json: bool) -> None:
         typer.echo(job.id)
 
 
-def _follow(job: Job, timeout_s: float | None) -> None:
+def _follow(job: AnyJob, timeout_s: float | None) -> None:
     job.wait(timeout_s, progress=True)
 
 
-def _save(job: Job, folder: Path) -> None:
+def _save(job: AnyJob, folder: Path) -> None:
     for path in job.download(folder):
         typer.echo(str(path), err=True)
+
+
+def _show(job: AnyJob, most: int = THUMBNAILS) -> None:
+    """Show the first pictures in the terminal, if it can."""
+    from latentfarm.cli.thumbnails import show_thumbnails, way_of  # noqa: PLC0415
+
+    if way_of(sys.stderr) is not None:
+        shown = (image.png() for image in job.iter_images(0, most) if image.state == "succeeded")
+        show_thumbnails(shown)
 
 
 def _exit_code(status: JobStatus) -> None:

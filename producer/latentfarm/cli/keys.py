@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from latentfarm.cli.output import Data, Json, connect, show
+from latentfarm.cli.output import Json, show
+from latentfarm.cli.reach import Data, connect
 
 if TYPE_CHECKING:
     from latentfarm.keys import ApiKey

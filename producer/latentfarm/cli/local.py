@@ -13,7 +13,8 @@ from typing import Annotated
 
 import typer
 
-from latentfarm.cli.output import Data, Json, show
+from latentfarm.cli.output import Json, show
+from latentfarm.cli.reach import Data
 
 Engine = Annotated[
     str | None, typer.Option(help="torch, or simulated: takes time instead of rendering.", show_default=False)

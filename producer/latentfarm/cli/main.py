@@ -6,12 +6,14 @@ Exit codes: 0 done, 1 an image failed, 2 the request is wrong, 3 the farm does n
 from __future__ import annotations
 
 import sys
+from typing import Annotated
 
 import typer
 from latentfarm_shared import __version__
 from latentfarm_shared.errors import FarmError
 
-from latentfarm.cli import embeddings, jobs, keys, local, models
+from latentfarm.cli import embeddings, jobs, keys, local, login, models, workers
+from latentfarm.cli.reach import name_farm
 
 app = typer.Typer(
     name="latentfarm",
@@ -30,12 +32,15 @@ app.command()(jobs.params)
 app.command()(local.worker)
 app.command()(local.serve)
 app.command()(local.doctor)
+app.command()(login.login)
+app.command()(login.logout)
 app.add_typer(jobs.app, name="jobs", help="List, watch and download jobs.")
 app.add_typer(embeddings.app, name="embeddings", help="Inspect, add, name, compare and make embeddings.")
 app.add_typer(models.app, name="models", help="Add and list checkpoints.")
-app.add_typer(jobs.workers_app, name="workers", help="List, drain and release workers.")
+app.add_typer(workers.app, name="workers", help="List, drain and release workers.")
 app.add_typer(keys.app, name="keys", help="Make, list and revoke API keys.")
-app.add_typer(jobs.limits_app, name="limits", help="What owners may have.")
+app.add_typer(workers.limits_app, name="limits", help="What owners may have.")
+app.add_typer(login.app, name="profiles", help="Farms that you are logged in to.")
 
 
 def _print_version(value: bool) -> None:
@@ -46,9 +51,14 @@ def _print_version(value: bool) -> None:
 
 @app.callback()
 def _root(
-    version: bool = typer.Option(False, "--version", callback=_print_version, is_eager=True, help="Print the version."),  # noqa: FBT003
+    _version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version.")
+    ] = False,
+    farm: Annotated[
+        str | None, typer.Option("--farm", help="The profile of 'latentfarm login' that this is for.")
+    ] = None,
 ) -> None:
-    pass
+    name_farm(farm)
 
 
 def main() -> None:

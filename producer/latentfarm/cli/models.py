@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from latentfarm.cli.output import Data, Json, connect, show
+from latentfarm.cli.output import Json, show
+from latentfarm.cli.reach import Data, connect, reach
 
 if TYPE_CHECKING:
     from latentfarm_shared.records import CheckpointRecord
@@ -45,7 +46,11 @@ def add_model(
 @app.command("ls")
 def list_models(data: Data = None, as_json: Json = False) -> None:
     """List checkpoints."""
-    show([_model(record) for record in connect(data).models.ls()], as_json=as_json)
+    from latentfarm_shared.records import CheckpointRecord  # noqa: PLC0415 - keeps --help fast
+
+    found = reach(data).models.ls()
+    rows = [_model(record) if isinstance(record, CheckpointRecord) else record.model_dump() for record in found]
+    show(rows, as_json=as_json)
 
 
 @app.command("show")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -12,19 +11,7 @@ import typer
 if TYPE_CHECKING:
     from latentfarm_shared.ledger import JobStatus
 
-    from latentfarm.farm import DirectFarm
-
-Data = Annotated[
-    Path | None, typer.Option("--data", help="Data folder of a farm started by 'latentfarm up'.", show_default=False)
-]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
-
-
-def connect(data: Path | None) -> DirectFarm:
-    """Find the farm."""
-    from latentfarm.farm import DirectFarm  # noqa: PLC0415 - keeps --help fast
-
-    return DirectFarm.from_env(data)
 
 
 def show(rows: Sequence[dict[str, Any]], *, as_json: bool, single: bool = False) -> None:

@@ -17,9 +17,11 @@ from PIL import Image as PilImage
 from latentfarm.asking import Generates
 from latentfarm.bars import told
 from latentfarm.client import calls
-from latentfarm.client.flows import Flow, SendsAsync, run_async
+from latentfarm.client.flows import Call, Flow, Reply, SendsAsync, run_async
 from latentfarm.client.http import TIMEOUT_S, AsyncHttp
 from latentfarm.client.profiles import address_of
+from latentfarm.client.sync import Image
+from latentfarm.comparison import comparison
 from latentfarm.pictures import AT_ONCE, write_whole
 from latentfarm.planning import Plan
 from latentfarm.views import CheckpointAnswer, EmbeddingAnswer, ImageAnswer
@@ -184,6 +186,24 @@ class AsyncJob:
             for answer in page:
                 yield AsyncImage(self._sends, self.id, answer.index, answer.state, answer)
 
+    async def compare(self, x: str, y: str | None = None) -> PilImage.Image:
+        """Return a grid of the job's pictures, `x` varying across and `y` down, each value written beside it.
+
+        Both are fields (`seed`, `sampler`, `cfg_scale`, `embedding` …) or axes of a sweep (`strength:NAME`).
+
+        Raises:
+            InvalidField: the images have no such field; names the nearest.
+        """
+        gate = asyncio.Semaphore(AT_ONCE)
+
+        async def fetched(image: AsyncImage) -> Image:
+            async with gate:
+                png = await image.png() if image.state == "succeeded" else b""
+            return Image(_Had(png), self.id, image.index, image.state, image.told)
+
+        images = await asyncio.gather(*[fetched(image) async for image in self.iter_images()])
+        return await asyncio.to_thread(comparison, images, x, y, (await self.status()).prompt)
+
     async def download(self, folder: str | Path, on_saved: Callable[[Path], None] | None = None) -> list[Path]:
         """Save every finished image as `<index>-<seed>.png`, several at a time; return the files.
 
@@ -200,6 +220,16 @@ class AsyncJob:
                 batch = []
         await _save_all(batch, Path(folder), on_saved)
         return files
+
+
+@dataclass(frozen=True)
+class _Had:
+    """Stands in for the farm where a picture is here already."""
+
+    png: bytes
+
+    def send(self, _call: Call) -> Reply:
+        return Reply(200, self.png)
 
 
 async def _save_all(batch: list[AsyncImage], folder: Path, on_saved: Callable[[Path], None] | None) -> None:
@@ -245,6 +275,12 @@ class AsyncEmbeddings:
             UsageError: the name cannot be used.
         """
         return await self._run(calls.add_embedding(source, name, kind, allow_word=allow_word))
+
+    async def add_all(
+        self, source: str | Path, name: str | None = None, *, allow_word: bool = False, kind: str | None = None
+    ) -> list[calls.Added]:
+        """Take in a file, what lies at an address, or every file of a folder; one that is refused stops none of the others."""
+        return await self._run(calls.add_all(source, name, kind, allow_word=allow_word))
 
     async def alias(self, name: str, alias: str, *, allow_word: bool = False) -> EmbeddingAnswer:
         """Give an embedding a second name."""
@@ -382,6 +418,10 @@ class AsyncFarm(Generates[Coroutine[Any, Any, AsyncJob]]):
     async def limits(self, owner: str | None) -> Limits:
         """Return what an owner may have; None is everybody who has no limits of their own."""
         return await self._run(calls.limits(owner))
+
+    async def usage(self, owner: str) -> dict[str, int]:
+        """Return how many images of an owner are `running` and `queued`."""
+        return await self._run(calls.usage(owner))
 
     async def set_limits(self, owner: str | None, limits: Limits) -> None:
         """Set what an owner may have."""

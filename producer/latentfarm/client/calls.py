@@ -6,11 +6,12 @@ import json
 import secrets
 import time
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 from urllib.parse import quote
 
-from latentfarm_shared.errors import UnknownName, UnreadableFile
+from latentfarm_shared.errors import UnknownName, UnreadableFile, UsageError
 from latentfarm_shared.ledger import JobEvent, JobStatus, Limits, WorkerStatus
 from latentfarm_shared.specs import JobSpec
 from pydantic import BaseModel, TypeAdapter
@@ -179,6 +180,15 @@ def png(job: str, index: int) -> Flow[bytes]:
 # ---- embeddings and checkpoints
 
 
+@dataclass(frozen=True)
+class Added:
+    """What became of a file: the embeddings taken from it, or why it was refused."""
+
+    source: str
+    records: tuple[EmbeddingAnswer, ...] = ()
+    error: UsageError | None = None
+
+
 def embeddings(*, everything: bool) -> Flow[list[EmbeddingAnswer]]:
     """Return the embeddings that can be named."""
     return _items(EmbeddingAnswer, (yield from fetch(Call("GET", f"{BASE}/embeddings", {"everything": everything}))))
@@ -212,6 +222,20 @@ def add_embedding(source: str | Path, name: str | None, kind: str | None, *, all
         reply = yield from fetch(Call("POST", f"{BASE}/embeddings", file=(path.name, path.read_bytes()), form=form))
     taken = [item for row in json.loads(reply.content)["items"] for item in row["embeddings"]]
     return EmbeddingAnswer.model_validate(taken[0])
+
+
+def add_all(source: str | Path, name: str | None, kind: str | None, *, allow_word: bool) -> Flow[list[Added]]:
+    """Take in a file, what lies at an address, or every file of a folder; one that is refused stops none of the others."""
+    folder = Path(source)
+    paths = sorted(path for path in folder.iterdir() if path.is_file()) if folder.is_dir() else [source]
+    found = []
+    for path in paths:
+        try:
+            record = yield from add_embedding(path, name, kind, allow_word=allow_word)
+            found.append(Added(str(path), (record,)))
+        except UsageError as error:
+            found.append(Added(str(path), error=error))
+    return found
 
 
 def alias(name: str, other: str, *, allow_word: bool) -> Flow[EmbeddingAnswer]:
@@ -253,6 +277,12 @@ def steer_worker(station: str, what: str) -> Flow[None]:
 def limits(owner: str | None) -> Flow[Limits]:
     """Return what an owner may have."""
     return (yield from get(Limits, f"/limits/{_owner(owner)}"))
+
+
+def usage(owner: str) -> Flow[dict[str, int]]:
+    """Return what an owner has."""
+    reply = yield from fetch(Call("GET", f"{BASE}/limits/{_owner(owner)}/usage"))
+    return dict(json.loads(reply.content))
 
 
 def set_limits(owner: str | None, values: Limits) -> Flow[None]:

@@ -12,9 +12,10 @@ from pathlib import Path
 
 import platformdirs
 from latentfarm_shared.errors import BadSettings, InvalidField, UnknownName
+from latentfarm_shared.settings import CLIENT_VARIABLES
 from pydantic import BaseModel, ValidationError
 
-URL, KEY, CONFIG = "LATENTFARM_API_URL", "LATENTFARM_API_KEY", "LATENTFARM_CONFIG"
+URL, KEY, CONFIG = CLIENT_VARIABLES
 
 
 class Profile(BaseModel):

@@ -10,6 +10,7 @@ from typing import Any, Literal, Self, TypeVar
 
 from latentfarm_shared.ledger import ImageState, JobEvent, JobStatus, Limits, WorkerStatus
 from latentfarm_shared.specs import JobSpec
+from PIL import Image as PilImage
 
 from latentfarm.asking import Generates
 from latentfarm.bars import told
@@ -17,6 +18,7 @@ from latentfarm.client import calls
 from latentfarm.client.flows import Flow, Sends, run
 from latentfarm.client.http import TIMEOUT_S, Http
 from latentfarm.client.profiles import address_of
+from latentfarm.comparison import comparison
 from latentfarm.farm import DirectFarm
 from latentfarm.pictures import Picture, Pictures, download, job_html
 from latentfarm.planning import Plan
@@ -170,6 +172,16 @@ class Job:
         """
         return download(self.iter_images(), Path(folder), on_saved=on_saved)
 
+    def compare(self, x: str, y: str | None = None) -> PilImage.Image:
+        """Return a grid of the job's pictures, `x` varying across and `y` down, each value written beside it.
+
+        Both are fields (`seed`, `sampler`, `cfg_scale`, `embedding` …) or axes of a sweep (`strength:NAME`).
+
+        Raises:
+            InvalidField: the images have no such field; names the nearest.
+        """
+        return comparison(self.iter_images(), x, y, self.status().prompt)
+
     def _repr_html_(self) -> str:
         status = self.status()
         return job_html(self.id, status.state, status.finished, status.total, status.prompt)
@@ -207,6 +219,12 @@ class Embeddings:
             UsageError: the name cannot be used.
         """
         return self._run(calls.add_embedding(source, name, kind, allow_word=allow_word))
+
+    def add_all(
+        self, source: str | Path, name: str | None = None, *, allow_word: bool = False, kind: str | None = None
+    ) -> list[calls.Added]:
+        """Take in a file, what lies at an address, or every file of a folder; one that is refused stops none of the others."""
+        return self._run(calls.add_all(source, name, kind, allow_word=allow_word))
 
     def alias(self, name: str, alias: str, *, allow_word: bool = False) -> EmbeddingAnswer:
         """Give an embedding a second name."""
@@ -354,6 +372,10 @@ class Farm(Generates[Job]):
     def limits(self, owner: str | None) -> Limits:
         """Return what an owner may have; None is everybody who has no limits of their own."""
         return self._run(calls.limits(owner))
+
+    def usage(self, owner: str) -> dict[str, int]:
+        """Return how many images of an owner are `running` and `queued`."""
+        return self._run(calls.usage(owner))
 
     def set_limits(self, owner: str | None, limits: Limits) -> None:
         """Set what an owner may have."""

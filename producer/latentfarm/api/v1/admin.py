@@ -70,6 +70,13 @@ class NewKey(ApiKey):
     key: str
 
 
+class Usage(BaseModel):
+    """Images of an owner that wait, and that are being rendered."""
+
+    queued: int
+    running: int
+
+
 class Whoami(BaseModel):
     """Who you are to the farm."""
 
@@ -199,6 +206,12 @@ def _keys(request: Request) -> ApiKeys:
 def get_limits(caller: Admin, owner: Owner) -> Response:
     """Return what an owner may have."""
     return answer(caller.farm.ledger.limits(_owner(owner)))
+
+
+@router.get("/limits/{owner}/usage", response_model=Usage, responses=documented())
+def get_usage(caller: Admin, owner: Owner) -> Response:
+    """Return what an owner has now."""
+    return answer(Usage(**caller.farm.ledger.usage(_owner(owner) or "")))
 
 
 @router.put("/limits/{owner}", response_model=Limits, responses=documented())

@@ -1,0 +1,182 @@
+"""The command line over HTTP: logging in, following, downloading, comparing."""
+
+from __future__ import annotations
+
+import json
+import os
+import pty
+import select
+import signal
+import subprocess
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+from PIL import Image
+
+from tests.acceptance.conftest import LATENTFARM, Up, clean_environment
+
+pytestmark = pytest.mark.acceptance
+
+
+class Terminal:
+    """A terminal of somebody who reaches farms over HTTP."""
+
+    def __init__(self, folder: Path) -> None:
+        self.environ = clean_environment() | {"LATENTFARM_CONFIG": str(folder / "config"), "HOME": str(folder)}
+        self.folder = folder
+
+    def run(
+        self, *arguments: str, expect: int = 0, stdin: str = "", **environ: str
+    ) -> subprocess.CompletedProcess[str]:
+        done = subprocess.run(
+            [LATENTFARM, *arguments], check=False, capture_output=True, text=True, input=stdin, timeout=120,
+            env=self.environ | environ, cwd=self.folder,
+        )  # fmt: skip
+        assert done.returncode == expect, f"{arguments}: {done.returncode}\n{done.stdout}\n{done.stderr}"
+        return done
+
+    def json(self, *arguments: str) -> Any:
+        return json.loads(self.run(*arguments, "--json").stdout)
+
+
+@pytest.fixture
+def terminal(farm: Up, tmp_path: Path) -> Terminal:
+    found = Terminal(tmp_path)
+    found.run("login", farm.ready["api_url"], "--no-key", "--name", "here")
+    return found
+
+
+def test_whoever_is_logged_in_has_the_farm_without_its_settings(terminal: Terminal, farm: Up) -> None:
+    job = terminal.run("generate", "masterpiece, corneo_dva", "--steps", "1", "-c", "2", "-o", "out").stdout.strip()
+
+    assert len(list((terminal.folder / "out").glob("*.png"))) == 2
+    assert terminal.json("jobs", "show", job[:10])["state"] == "succeeded"
+    assert terminal.json("jobs", "ls", "--state", "succeeded", "--limit", "1")[0]["id"] == job
+    assert len(terminal.json("jobs", "images", job)) == 2
+    assert terminal.json("jobs", "events", job)[0]["what"] == "queued"
+    assert "nothing holds it up" in terminal.run("jobs", "why", job).stdout
+    assert terminal.json("workers", "ls")
+    assert "corneo_dva" in [row["name"] for row in terminal.json("embeddings", "ls")]
+    assert terminal.json("models", "ls")[0]["name"] == "demo"
+    assert terminal.json("profiles", "ls") == [
+        {"name": "here", "url": farm.ready["api_url"], "current": True, "has_key": False}
+    ]
+
+
+def test_what_is_wrong_has_the_same_exit_codes(terminal: Terminal) -> None:
+    assert "did you mean 'corneo_dva'" in terminal.run("generate", "x", "-e", "corneo_dvaa", expect=2).stderr
+    assert "there is no job" in terminal.run("jobs", "show", "nope", expect=2).stderr
+    assert "does not answer" in terminal.run("login", "http://127.0.0.1:9", "--no-key", expect=3).stderr
+    assert "farm's address" in terminal.run("login", "farm", "--no-key", expect=2).stderr
+    assert "key: is missing" in terminal.run("login", "http://127.0.0.1:9", "--key-stdin", expect=2).stderr
+    assert "reached over HTTP" in terminal.run("keys", "ls", expect=2).stderr
+    assert (
+        "no profile called 'her'; did you mean 'here'" in terminal.run("--farm", "her", "jobs", "ls", expect=2).stderr
+    )
+
+
+def test_farms_are_told_apart_and_forgotten(terminal: Terminal, farm: Up) -> None:
+    terminal.run("login", farm.ready["api_url"], "--no-key", "--name", "there")
+    assert [row["current"] for row in terminal.json("profiles", "ls")] == [False, True]
+    terminal.run("profiles", "use", "here")
+    assert terminal.run("--farm", "there", "jobs", "ls", "--json").stdout.startswith("[")
+    terminal.run("logout")
+    assert [row["name"] for row in terminal.json("profiles", "ls")] == ["there"]
+    terminal.run("logout", "there")
+    assert "nobody is logged in" in terminal.run("logout", expect=2).stderr
+    by_variable = terminal.run("jobs", "ls", "--json", LATENTFARM_API_URL=farm.ready["api_url"])
+    assert by_variable.stdout.startswith("[")
+
+
+def test_download_goes_on_and_follows(terminal: Terminal) -> None:
+    job = terminal.run(
+        "generate", "a blue square", "--steps", "2", "-c", "12", "--seed", "5", "--detach"
+    ).stdout.strip()
+    first = terminal.run("jobs", "download", job, "-o", "some")
+    whole = terminal.json("jobs", "download", job, "-o", "some", "--follow")
+
+    assert len(whole) == 12
+    assert len(first.stdout.split()) <= 12
+    assert sorted(path.name for path in (terminal.folder / "some").iterdir()) == sorted(Path(p).name for p in whole)
+
+
+@pytest.mark.parametrize("number", [5])
+def test_download_that_is_killed_leaves_whole_files_and_goes_on(terminal: Terminal, number: int) -> None:
+    job = terminal.run(
+        "generate", "a blue square", "--steps", "1", "-c", "60", "--seed", "9", "--detach"
+    ).stdout.strip()
+    terminal.run("jobs", "watch", job)
+    for _ in range(number):
+        command = [LATENTFARM, "jobs", "download", job, "-o", "all"]
+        process = subprocess.Popen(
+            command, env=terminal.environ, cwd=terminal.folder, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+        )
+        until = time.monotonic() + 20
+        had = len(list((terminal.folder / "all").glob("*.png")))
+        while (
+            process.poll() is None
+            and len(list((terminal.folder / "all").glob("*.png"))) == had
+            and time.monotonic() < until
+        ):
+            time.sleep(0.005)
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+        for path in (terminal.folder / "all").glob("*.png"):
+            Image.open(path).verify()
+    assert len(terminal.json("jobs", "download", job, "-o", "all")) == 60
+    assert len(list((terminal.folder / "all").glob("*.png"))) == 60
+
+
+def test_sweep_is_compared_on_labelled_axes(terminal: Terminal) -> None:
+    path = terminal.folder / "sweep.yaml"
+    path.write_text("prompt: a red circle\nsteps: 2\nmatrix:\n  cfg_scale: [3, 7, 11]\n  seed: [1, 2]\n")
+    job = terminal.run("submit", str(path), "--watch").stdout.strip()
+    printed = terminal.run("jobs", "compare", job, "--x", "cfg", "--y", "seed", "-o", "grids/grid.png").stdout.strip()
+    wrong = terminal.run("jobs", "compare", job, "--x", "sampller", expect=2)
+
+    with Image.open(terminal.folder / printed) as sheet:
+        assert sheet.width > 3 * 192
+        assert 2 * 192 < sheet.height < 3 * 192 + 100
+        assert len(sheet.convert("RGB").getcolors(10**6) or ()) > 100
+    assert "did you mean sampler" in wrong.stderr
+
+
+def test_watching_moves_in_a_terminal(terminal: Terminal) -> None:
+    job = terminal.run("generate", "a 红 circle", "--steps", "2", "-c", "8", "--detach").stdout.strip()
+    ours, theirs = pty.openpty()
+    environ = terminal.environ | {"TERM": "xterm-256color", "COLUMNS": "140"}
+    process = subprocess.Popen(
+        [LATENTFARM, "jobs", "watch", job], env=environ, stdin=theirs, stdout=theirs, stderr=theirs, close_fds=True
+    )
+    os.close(theirs)
+    written = b""
+    until = time.monotonic() + 60
+    while time.monotonic() < until and select.select([ours], [], [], 60)[0]:
+        try:
+            written += os.read(ours, 65536)
+        except OSError:  # the other end is closed
+            break
+    assert process.wait(10) == 0
+    os.close(ours)
+    text = written.decode()
+    assert "images/s" in text
+    assert "8/8" in text
+    assert "succeeded" in text
+
+
+def test_shell_completes_names(terminal: Terminal) -> None:
+    job = terminal.run("generate", "a red circle", "--steps", "1", "--detach").stdout.strip()
+
+    def offered(line: str) -> str:
+        words = line.split(" ")
+        return terminal.run(
+            _LATENTFARM_COMPLETE="complete_bash", COMP_WORDS=line, COMP_CWORD=str(len(words) - 1)
+        ).stdout  # fmt: skip
+
+    assert job in offered(f"latentfarm jobs show {job[:4]}")
+    assert "Euler" in offered("latentfarm generate x --sampler Eul")
+    assert "corneo_dva" in offered("latentfarm generate x -e cor")
+    assert "watch" in offered("latentfarm jobs w")
+    assert terminal.run("--show-completion", "bash").stdout
