@@ -19,7 +19,7 @@ COMMIT = "c" * 40
 REPOSITORY = "someone/tiny-sd"
 
 
-class _Hub(BaseHTTPRequestHandler):
+class Hub(BaseHTTPRequestHandler):
     """Shows the demo checkpoint as `someone/tiny-sd`, its weights as LFS files."""
 
     downloads: list[str]
@@ -78,7 +78,7 @@ def siblings() -> list[dict[str, object]]:
 @pytest.fixture
 def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[str, list[str]]]:
     downloads: list[str] = []
-    handler = type("Hub", (_Hub,), {"downloads": downloads})
+    handler = type("Hub", (Hub,), {"downloads": downloads})
     server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
     thread = Thread(target=server.serve_forever, daemon=True)
     thread.start()

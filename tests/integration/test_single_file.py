@@ -63,6 +63,12 @@ def vae_key(key: str) -> str:
 @pytest.fixture(scope="module")
 def single_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("single") / "old style.safetensors"
+    write_single_file(path)
+    return path
+
+
+def write_single_file(path: Path) -> None:
+    """Write the demo checkpoint in the original layout."""
     unet = load_file(CHECKPOINT / "unet" / "diffusion_pytorch_model.safetensors")
     vae = load_file(CHECKPOINT / "vae" / "diffusion_pytorch_model.safetensors")
     text = load_file(CHECKPOINT / "text_encoder" / "model.safetensors")
@@ -70,7 +76,6 @@ def single_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     weights |= {f"first_stage_model.{vae_key(k)}": v for k, v in vae.items()}
     weights |= {f"cond_stage_model.transformer.text_model.{k.removeprefix('text_model.')}": v for k, v in text.items()}
     save_file(weights, path)
-    return path
 
 
 def render(checkpoint: Checkpoint) -> torch.Tensor:

@@ -82,6 +82,12 @@ def test_name_with_brackets_is_escaped_when_added(demo_tokenizer: ClipTokenizer)
     assert names(result.embeddings) == ["girl (alt)"]
 
 
+def test_name_of_one_letter_makes_no_misspelling_of_others(demo_tokenizer: ClipTokenizer) -> None:
+    known = KNOWN | {"a": embedding("a").model_copy(update={"allow_word": True})}
+    spec = JobSpec(prompt="a girl, corneo_dva, a cat")
+    assert names(settle(spec, checkpoint(), known, demo_tokenizer).embeddings) == ["a", "corneo_dva"]
+
+
 def test_longest_name_wins(demo_tokenizer: ClipTokenizer) -> None:
     assert names(settled(demo_tokenizer, "bad-artist-anime").embeddings) == ["bad-artist-anime"]
 

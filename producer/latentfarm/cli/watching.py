@@ -13,7 +13,8 @@ if TYPE_CHECKING:
     from rich.table import Table
 
 LOOK_S, REMEMBERED = 0.5, 60
-WIDTH = 24
+WIDTH = 10
+COLUMNS = {"id": 16, "state": 9, "": WIDTH, "done": 9, "images/s": 8, "left": 7}
 
 
 @dataclass
@@ -78,16 +79,15 @@ def table_of(statuses: Sequence[JobStatus], paces: dict[str, Pace]) -> Table:
     from rich.progress_bar import ProgressBar  # noqa: PLC0415
     from rich.table import Table  # noqa: PLC0415
 
-    table = Table(box=None, padding=(0, 2, 0, 0), header_style="bold")
-    for name in ("id", "state", "", "done", "failed", "running", "images/s", "left", "prompt"):
-        table.add_column(name, no_wrap=True, overflow="ellipsis")
+    table = Table(box=None, padding=(0, 1, 0, 0), header_style="bold")
+    for name, width in COLUMNS.items():
+        table.add_column(name, no_wrap=True, overflow="ellipsis", min_width=width)
+    table.add_column("prompt", no_wrap=True, overflow="ellipsis")
     for status in statuses:
-        pace, counts = paces[status.id], status.counts
+        pace, failed = paces[status.id], status.counts["failed"]
+        done = f"{status.finished}/{status.total}" + (f", {failed} failed" if failed else "")
         rate = "" if status.is_final or not pace.per_second else f"{pace.per_second:.2f}"
         left = "" if status.is_final else pace.left(status.total - status.finished)
-        table.add_row(
-            status.id, status.state, ProgressBar(total=status.total, completed=status.finished, width=WIDTH),
-            f"{status.finished}/{status.total}", str(counts["failed"] or ""), str(counts["running"] or ""), rate, left,
-            escape(status.name or status.prompt),
-        )  # fmt: skip
+        bar = ProgressBar(total=status.total, completed=status.finished, width=WIDTH)
+        table.add_row(status.id, status.state, bar, done, rate, left, escape(status.name or status.prompt))
     return table

@@ -506,9 +506,9 @@ def _near_misses(prompt: str, field: str, contract: Contract, spec: JobSpec) -> 
     words: dict[str, None] = {}
     for segment in _segments(prompt, field, spec):
         text = segment
-        for item in contract.matcher.split(segment):
-            if isinstance(item, Mention):
-                text = _written(item.embedding.name).sub(" ", text)
+        mentioned = {item.embedding.name for item in contract.matcher.split(segment) if isinstance(item, Mention)}
+        for name in sorted(mentioned, key=len, reverse=True):  # a short name may stand in a long one
+            text = _without(name, text)
         words |= dict.fromkeys(word for word in _WORDS.findall(text) if _CODE_LIKE.search(word))
     if words:
         names = [name for name, record in contract.known.items() if record.state == "active"]
@@ -518,9 +518,14 @@ def _near_misses(prompt: str, field: str, contract: Contract, spec: JobSpec) -> 
                 yield word, tuple(contract.known[name].name for name in near)
 
 
-def _written(name: str) -> re.Pattern[str]:
-    """Match a name anywhere, as prompts may write it: in any case, with or without spaces between its parts."""
-    return re.compile(r"\s*".join(re.escape(c) for c in name if not c.isspace()), re.IGNORECASE)
+def _without(name: str, text: str) -> str:
+    """Take a name out of a text as prompts may write it: in any case, with or without spaces between its parts.
+
+    Where it stands as a word, words around it that hold the same letters are left alone.
+    """
+    written = r"\s*".join(re.escape(c) for c in name if not c.isspace())
+    found, count = re.subn(rf"(?<!\w){written}(?!\w)", " ", text, flags=re.IGNORECASE)
+    return found if count else re.sub(written, " ", text, flags=re.IGNORECASE)
 
 
 def _within_two_edits(word: str, names: Iterable[str]) -> tuple[str, ...]:

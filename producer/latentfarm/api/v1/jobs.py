@@ -88,7 +88,7 @@ BODY = {
         },
     }
 }
-Spec = Annotated[dict[str, Any], Body(openapi_examples=EXAMPLES)]
+Spec = Annotated[dict[str, Any], Body()]
 """A JobSpec, with an `id` if the client chooses one; checked by the farm, whose errors name field and nearest value."""
 
 
