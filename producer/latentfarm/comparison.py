@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 from latentfarm_shared.errors import InvalidField, nearest
@@ -20,6 +20,7 @@ MOST_CELLS = 2500
 EMBEDDING = "embedding"
 ALIASES = {"cfg": "cfg_scale", "embeddings": EMBEDDING, "negative": "negative_prompt"}
 FAINT = (170, 170, 174)
+Place = tuple[str, str]
 
 
 class Compared(Protocol):
@@ -61,13 +62,73 @@ class Compared(Protocol):
 
 @dataclass
 class _Cell:
-    """The images at one place of the grid, of which the first that is rendered is shown."""
+    """One place of a grid: the first image there that is rendered, and how many there are."""
 
-    images: list[Compared] = field(default_factory=list)
+    first: Compared
+    shown: Compared | None = None
+    count: int = 0
 
-    @property
-    def shown(self) -> Compared | None:
-        return next((image for image in self.images if image.state == "succeeded"), None)
+
+class Grid:
+    """Where images lie when `x` varies across and `y` down; their pictures come later."""
+
+    def __init__(self, x: str, y: str | None = None) -> None:
+        """Begin empty."""
+        self._x, self._y = x, y
+        self._columns: dict[str, None] = {}
+        self._rows: dict[str, None] = {}
+        self._cells: dict[Place, _Cell] = {}
+
+    def add(self, image: Compared) -> None:
+        """Put an image where it belongs.
+
+        Raises:
+            InvalidField: it has no such field, or there are too many cells to be seen.
+        """
+        place = _value(image, "x", self._x), "" if self._y is None else _value(image, "y", self._y)
+        self._columns[place[0]] = self._rows[place[1]] = None
+        cell = self._cells.setdefault(place, _Cell(image))
+        cell.count += 1
+        if cell.shown is None and image.state == "succeeded":
+            cell.shown = image
+        if len(self._columns) * len(self._rows) > MOST_CELLS:
+            reason = (
+                f"{self._x} by {self._y or 'nothing'} makes over {MOST_CELLS} cells; choose others, or fewer images"
+            )
+            raise InvalidField("x", reason)
+
+    def wanted(self) -> dict[Place, Compared]:
+        """Return the images whose pictures are shown."""
+        return {place: cell.shown for place, cell in self._cells.items() if cell.shown is not None}
+
+    def drawn(self, title: str, thumbnails: Mapping[Place, Image.Image]) -> Image.Image:
+        """Return the grid with these pictures in it.
+
+        Raises:
+            InvalidField: there is nothing to compare.
+        """
+        if not self._cells:
+            raise InvalidField("x", "the job has no images to compare")
+        rows, columns = list(self._rows), list(self._columns)
+        font = ImageFont.load_default(13)
+        probe = ImageDraw.Draw(Image.new("RGB", (1, 1)))
+        labels = [f"{self._y or ''} {label}".strip() for label in rows]
+        left = 2 * MARGIN + min(2 * CELL, max(int(probe.textlength(label, font)) for label in labels))
+        top = 2 * MARGIN + 2 * LINE
+        size = left + len(columns) * (CELL + GAP) + MARGIN, top + len(rows) * (CELL + LINE + GAP) + MARGIN
+        sheet = Image.new("RGB", size, PAPER)
+        draw = ImageDraw.Draw(sheet)
+        draw.text((MARGIN, MARGIN), fit(draw, title, size[0] - 2 * MARGIN, font), INK, font)
+        for column, label in enumerate(columns):
+            text = fit(draw, f"{self._x} {label}", CELL, font)
+            draw.text((left + column * (CELL + GAP), MARGIN + LINE), text, INK, font)
+        for row, (y, label) in enumerate(zip(rows, labels, strict=True)):
+            height = top + row * (CELL + LINE + GAP)
+            draw.text((MARGIN, height + CELL // 2), fit(draw, label, left - 2 * MARGIN, font), INK, font)
+            for column, x in enumerate(columns):
+                at = left + column * (CELL + GAP), height
+                _draw_cell(sheet, draw, at, self._cells.get((x, y)), thumbnails.get((x, y)), font)
+        return sheet
 
 
 def comparison(images: Iterable[Compared], x: str, y: str | None = None, title: str = "") -> Image.Image:
@@ -79,20 +140,22 @@ def comparison(images: Iterable[Compared], x: str, y: str | None = None, title: 
     Raises:
         InvalidField: the images have no such field, or there are too many cells to be seen.
     """
-    cells: dict[tuple[str, str], _Cell] = {}
-    columns: dict[str, None] = {}
-    rows: dict[str, None] = {}
+    grid = Grid(x, y)
     for image in images:
-        place = _value(image, "x", x), "" if y is None else _value(image, "y", y)
-        columns[place[0]] = rows[place[1]] = None
-        cells.setdefault(place, _Cell()).images.append(image)
-        if len(columns) * len(rows) > MOST_CELLS:
-            raise InvalidField(
-                "x", f"{x} by {y or 'nothing'} makes over {MOST_CELLS} cells; choose others, or fewer images"
-            )
-    if not cells:
-        raise InvalidField("x", "the job has no images to compare")
-    return _drawn(title, (x, list(columns)), (y or "", list(rows)), cells)
+        grid.add(image)
+    wanted = grid.wanted()
+    with ThreadPoolExecutor(8, "comparison") as threads:
+        thumbnails = threads.map(lambda image: thumbnail(image.png()), wanted.values())
+        return grid.drawn(title, dict(zip(wanted, thumbnails, strict=True)))
+
+
+def thumbnail(png: bytes) -> Image.Image:
+    """Return a picture as large as a cell."""
+    with Image.open(io.BytesIO(png)) as file:
+        picture = file.convert("RGB")
+    scale = CELL / max(picture.size)
+    size = max(1, round(picture.width * scale)), max(1, round(picture.height * scale))
+    return picture.resize(size, Image.Resampling.LANCZOS)
 
 
 def _value(image: Compared, field_name: str, axis: str) -> str:
@@ -120,61 +183,22 @@ def _shown(value: Any) -> str:
     return f"{value:g}" if isinstance(value, float) else str(value)
 
 
-def _drawn(
-    title: str,
-    across: tuple[str, Sequence[str]],
-    down: tuple[str, Sequence[str]],
-    cells: Mapping[tuple[str, str], _Cell],
-) -> Image.Image:
-    font = ImageFont.load_default(13)
-    probe = ImageDraw.Draw(Image.new("RGB", (1, 1)))
-    labels = [f"{down[0]} {label}".strip() for label in down[1]]
-    left = 2 * MARGIN + min(2 * CELL, max(int(probe.textlength(label, font)) for label in labels))
-    top = 2 * MARGIN + 2 * LINE
-    size = left + len(across[1]) * (CELL + GAP) + MARGIN, top + len(down[1]) * (CELL + LINE + GAP) + MARGIN
-    sheet = Image.new("RGB", size, PAPER)
-    draw = ImageDraw.Draw(sheet)
-    draw.text((MARGIN, MARGIN), fit(draw, title, size[0] - 2 * MARGIN, font), INK, font)
-    for column, label in enumerate(across[1]):
-        text = fit(draw, f"{across[0]} {label}", CELL, font)
-        draw.text((left + column * (CELL + GAP), MARGIN + LINE), text, INK, font)
-    pictures = _pictures(cells)
-    for row, (label, text) in enumerate(zip(down[1], labels, strict=True)):
-        height = top + row * (CELL + LINE + GAP)
-        draw.text((MARGIN, height + CELL // 2), fit(draw, text, left - 2 * MARGIN, font), INK, font)
-        for column, x in enumerate(across[1]):
-            at = left + column * (CELL + GAP), height
-            cell = cells.get((x, label), _Cell())
-            _draw_cell(sheet, draw, at, cell, pictures.get((x, label)), font)
-    return sheet
-
-
 Font = ImageFont.FreeTypeFont | ImageFont.ImageFont
 
 
 def _draw_cell(
-    sheet: Image.Image, draw: ImageDraw.ImageDraw, at: tuple[int, int], cell: _Cell, png: bytes | None, font: Font
+    sheet: Image.Image,
+    draw: ImageDraw.ImageDraw,
+    at: tuple[int, int],
+    cell: _Cell | None,
+    picture: Image.Image | None,
+    font: Font,
 ) -> None:
     left, top = at
-    if png is None:
-        word = cell.images[0].state if cell.images else "nothing"
+    if picture is None:
         draw.rectangle((left, top, left + CELL - 1, top + CELL - 1), outline=FAINT)
-        draw.text((left + 6, top + CELL // 2 - 8), word, FAINT, font)
+        draw.text((left + 6, top + CELL // 2 - 8), "nothing" if cell is None else cell.first.state, FAINT, font)
         return
-    picture = Image.open(io.BytesIO(png)).convert("RGB")
-    picture.thumbnail((CELL, CELL), Image.Resampling.LANCZOS)
-    if max(picture.size) < CELL:
-        scale = CELL / max(picture.size)
-        picture = picture.resize(
-            (round(picture.width * scale), round(picture.height * scale)), Image.Resampling.LANCZOS
-        )
     sheet.paste(picture, (left + (CELL - picture.width) // 2, top + (CELL - picture.height) // 2))
-    if len(cell.images) > 1:
-        draw.text((left, top + CELL), f"and {len(cell.images) - 1} more", FAINT, font)
-
-
-def _pictures(cells: Mapping[tuple[str, str], _Cell]) -> dict[tuple[str, str], bytes]:
-    shown = {place: cell.shown for place, cell in cells.items()}
-    found = {place: image for place, image in shown.items() if image is not None}
-    with ThreadPoolExecutor(8, "comparison") as threads:
-        return dict(zip(found, threads.map(lambda image: image.png(), found.values()), strict=True))
+    if cell is not None and cell.count > 1:
+        draw.text((left, top + CELL), f"and {cell.count - 1} more", FAINT, font)

@@ -295,11 +295,14 @@ class DirectFarm(Generates[Job]):
         """Return where the newest jobs stand, of those in a `state` if given."""
         if state is None:
             return self.ledger.jobs(limit)
-        found, before = self.ledger.jobs_before(PAGE)
-        while before is not None and sum(status.state == state for status in found) < limit:
+        found: list[JobStatus] = []
+        before: int | None = None
+        while len(found) < limit:
             page, before = self.ledger.jobs_before(PAGE, before)
-            found += page
-        return [status for status in found if status.state == state][:limit]
+            found += [status for status in page if status.state == state]
+            if before is None:
+                break
+        return found[:limit]
 
     def job(self, job_id: str) -> Job:
         """Return a job by its id or an unambiguous beginning of it.
@@ -381,9 +384,9 @@ class DirectFarm(Generates[Job]):
         """Return what an owner may have; None is everybody who has no limits of their own."""
         return self.ledger.limits(owner)
 
-    def usage(self, owner: str) -> dict[str, int]:
-        """Return how many images of an owner are `running` and `queued`."""
-        return self.ledger.usage(owner)
+    def usage(self, owner: str | None) -> dict[str, int]:
+        """Return how many images of an owner, or of those without a name, are `running` and `queued`."""
+        return self.ledger.usage(owner or "")
 
     def set_limits(self, owner: str | None, limits: Limits) -> None:
         """Set what an owner may have."""

@@ -6,20 +6,24 @@ import base64
 import html
 import io
 import os
-import tempfile
+import threading
+import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 from typing import TypeVar
 
 from latentfarm_shared.ledger import ImageState
+from latentfarm_shared.png import png_texts
 from PIL import Image
 
 from latentfarm.contact_sheet import contact_sheet
 
 SHOWN, ACROSS = 24, 4
 AT_ONCE = 8
+PART, OLD_S = ".part", 3600.0
 
 
 class Picture(ABC):
@@ -32,6 +36,11 @@ class Picture(ABC):
     @abstractmethod
     def seed(self) -> int:
         """The image's own seed."""
+
+    @property
+    @abstractmethod
+    def parameters(self) -> str:
+        """The infotext, as written into the picture."""
 
     @abstractmethod
     def png(self) -> bytes:
@@ -87,15 +96,31 @@ def _is_done(picture: Picture) -> bool:
 def write_whole(path: Path, data: bytes) -> None:
     """Write a file that is never seen half."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    handle, part = tempfile.mkstemp(dir=path.parent, prefix=".part-")
+    part = path.with_name(f".{path.name}.{os.getpid()}-{threading.get_ident()}{PART}")
     try:
-        with os.fdopen(handle, "wb") as file:
+        with os.fdopen(os.open(part, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o666), "wb") as file:
             file.write(data)
-        Path(part).chmod(0o644)
-        Path(part).replace(path)
+        part.replace(path)
     except BaseException:
-        Path(part).unlink(missing_ok=True)
+        part.unlink(missing_ok=True)
         raise
+
+
+def remove_parts(folder: Path) -> None:
+    """Remove what downloads left that were killed, an hour ago or longer."""
+    for part in folder.glob(f".*{PART}"):
+        with suppress(FileNotFoundError):
+            if time.time() - part.stat().st_mtime > OLD_S:
+                part.unlink()
+
+
+def is_saved(path: Path, parameters: str) -> bool:
+    """Tell whether a file is the picture of these parameters: another job's of the same name and seed is not."""
+    try:
+        texts = dict(png_texts(path.read_bytes()))
+    except OSError:
+        return False
+    return texts.get("parameters") == parameters.encode()
 
 
 def download(
@@ -106,8 +131,9 @@ def download(
 ) -> list[Path]:
     """Save those that are rendered, several at a time; files that are there already are kept. Return all their paths.
 
-    A download that was interrupted goes on where it was. `on_saved` hears of each file as it is there.
+    A file of the same name that holds another picture is replaced. A download that was interrupted goes on where it was. `on_saved` hears of each file as it is there.
     """
+    remove_parts(folder)
     files: list[Path] = []
     running: list[tuple[Path, Future[Path]]] = []
     with ThreadPoolExecutor(at_once, "download") as threads:
@@ -117,7 +143,7 @@ def download(
                     continue
                 path = folder / picture.file_name
                 files.append(path)
-                if path.exists():
+                if is_saved(path, picture.parameters):
                     _tell(on_saved, path)
                     continue
                 running.append((path, threads.submit(picture.save, path)))

@@ -95,6 +95,26 @@ class _Job:
         )  # fmt: skip
 
 
+@dataclass(frozen=True)
+class _Asked:
+    """A call with the bytes of its file."""
+
+    call: Call
+    data: bytes
+
+    @property
+    def method(self) -> str:
+        return self.call.method
+
+    @property
+    def query(self) -> Mapping[str, str | int | bool | None]:
+        return self.call.query
+
+    @property
+    def json(self) -> Any:
+        return self.call.json
+
+
 class _Store:
     """What tables are kept in."""
 
@@ -141,19 +161,19 @@ class Memory:
         self.limits: dict[str, Limits] = {}
         self._tables = TableStore(_Store())  # type: ignore[arg-type] # it puts and gets, which is all that tables need
 
-    def send(self, call: Call) -> Reply:
+    def send(self, call: Call, data: bytes) -> Reply:
         """Answer a call as a farm would; errors are told as they are."""
         try:
-            return self._answer(call)
+            return self._answer(call, data)
         except FarmError as error:
             return Reply(422, error=error)
 
-    def _answer(self, call: Call) -> Reply:
+    def _answer(self, call: Call, data: bytes) -> Reply:
         path = unquote(call.path.removeprefix(BASE))
         for method, pattern, answer in _routes:
             found = re.fullmatch(pattern, path)
             if found is not None and method == call.method:
-                return answer(self, call, *found.groups())
+                return answer(self, _Asked(call, data), *found.groups())
         raise InvalidField("path", f"the farm in memory has no {call.method} {call.path}")
 
     def draw(self) -> None:
@@ -229,25 +249,25 @@ class Memory:
         known = self.embeddings.get(name.lower())
         return "negative" if known is not None and known.kind == "Negative" else "positive"
 
-    def _read(self, call: Call) -> list[JobSpec]:
+    def _read(self, call: _Asked) -> list[JobSpec]:
         defaults = {name: value for name, value in call.query.items() if name in ("lane", "model") and value}
         with tempfile.TemporaryDirectory(prefix="latentfarm-") as folder:
             path = Path(folder) / str(call.query["name"])
-            path.write_bytes(call.content or b"")
+            path.write_bytes(call.data)
             return list(read_job_file(path, self._tables, defaults, self._side_of).specs)
 
     # ---- routes
 
     @_route("POST", "/jobs")
-    def _post_job(self, call: Call) -> Reply:
+    def _post_job(self, call: _Asked) -> Reply:
         return _json(self._accept(call.json).status().model_dump(mode="json"), 202)
 
     @_route("POST", "/jobs/files")
-    def _post_file(self, call: Call) -> Reply:
+    def _post_file(self, call: _Asked) -> Reply:
         specs = self._read(call)
         for spec in specs:
             self._settle(spec)  # all are checked before the first is queued
-        digest = hashlib.sha256(call.content or b"").hexdigest()
+        digest = hashlib.sha256(call.data).hexdigest()
         jobs = []
         for number, spec in enumerate(specs):
             asked = secrets.token_hex(8) if call.query.get("anew") else f"file:{digest}:{number}"
@@ -258,7 +278,7 @@ class Memory:
         return _json({"jobs": [job.status().model_dump(mode="json") for job in jobs]}, 202)
 
     @_route("POST", "/plan(/files)?")
-    def _post_plan(self, call: Call, files: str | None) -> Reply:
+    def _post_plan(self, call: _Asked, files: str | None) -> Reply:
         specs = self._read(call) if files else [JobSpec.check(call.json)]
         locks = [self._settle(spec)[1] for spec in specs]
         used = {record.name: record for lock in locks for record in lock.embeddings}
@@ -275,7 +295,7 @@ class Memory:
         return _json(found.model_dump(mode="json"))
 
     @_route("GET", "/jobs")
-    def _get_jobs(self, call: Call) -> Reply:
+    def _get_jobs(self, call: _Asked) -> Reply:
         found = [job.status() for job in reversed(self.jobs.values())]
         state = call.query.get("state")
         items = [status.model_dump(mode="json") for status in found if state in (None, status.state)]
@@ -284,11 +304,15 @@ class Memory:
         return _json({"items": items[start:end], "next": str(end) if end < len(items) else None})
 
     @_route("GET", "/jobs/([^/]+)")
-    def _get_job(self, _call: Call, job_id: str) -> Reply:
-        return _json(self._job(job_id).status().model_dump(mode="json"))
+    def _get_job(self, call: _Asked, job_id: str) -> Reply:
+        status = self._job(job_id).status()
+        etag = f'"{hashlib.sha256(status.model_dump_json().encode()).hexdigest()[:16]}"'
+        if call.call.headers.get("if-none-match") == etag:
+            return Reply(304, headers={"etag": etag})
+        return Reply(200, status.model_dump_json().encode(), {"etag": etag})
 
     @_route("GET", "/jobs/([^/]+)/images")
-    def _get_images(self, call: Call, job_id: str) -> Reply:
+    def _get_images(self, call: _Asked, job_id: str) -> Reply:
         job = self._job(job_id)
         start = int(call.query.get("cursor") or 0)
         end = min(start + int(call.query.get("limit") or 100), len(job.states))
@@ -306,7 +330,7 @@ class Memory:
         )  # fmt: skip
 
     @_route("GET", r"/jobs/([^/]+)/images/(\d+)\.png")
-    def _get_png(self, _call: Call, job_id: str, index: str) -> Reply:
+    def _get_png(self, _call: _Asked, job_id: str, index: str) -> Reply:
         job, number = self._job(job_id), int(index)
         if number >= len(job.states):
             raise UnknownName("image", f"{job_id}/{index}")
@@ -316,20 +340,20 @@ class Memory:
         return Reply(200, job.pictures[number])
 
     @_route("GET", "/jobs/([^/]+)/history")
-    def _get_history(self, call: Call, job_id: str) -> Reply:
+    def _get_history(self, call: _Asked, job_id: str) -> Reply:
         after, limit = int(call.query.get("after") or 0), int(call.query.get("limit") or 1000)
         found = [event for event in self._job(job_id).events if event.version > after][:limit]
         return _json({"events": [event.model_dump() for event in found]})
 
     @_route("GET", "/jobs/([^/]+)/why")
-    def _get_why(self, _call: Call, job_id: str) -> Reply:
+    def _get_why(self, _call: _Asked, job_id: str) -> Reply:
         job = self._job(job_id)
         waits = job.states.count("queued")
         causes = [{"code": "paused", "count": waits, "message": "the job is paused"}] if job.state == "paused" else []
         return _json({"causes": causes})
 
     @_route("GET", "/jobs/([^/]+)/manifest")
-    def _get_manifest(self, call: Call, job_id: str) -> Reply:
+    def _get_manifest(self, call: _Asked, job_id: str) -> Reply:
         job = self._job(job_id)
         if "queued" in job.states:
             raise MissingObject(f"manifest of {job_id}")
@@ -338,7 +362,7 @@ class Memory:
         return Reply(200, "".join(row.model_dump_json() + "\n" for row in rows).encode())
 
     @_route("POST", "/jobs/([^/]+)/(cancel|pause|resume|approve|retry|priority)")
-    def _post_order(self, call: Call, job_id: str, order: str) -> Reply:
+    def _post_order(self, call: _Asked, job_id: str, order: str) -> Reply:
         job, given = self._job(job_id), call.json or {}
         if order == "retry":
             self._retry(job, missing=bool(given.get("missing")))
@@ -368,31 +392,31 @@ class Memory:
             self._draw(job)
 
     @_route("GET", "/embeddings")
-    def _get_embeddings(self, _call: Call) -> Reply:
+    def _get_embeddings(self, _call: _Asked) -> Reply:
         records = sorted(self.embeddings.values(), key=lambda record: record.name.lower())
         return _json({"items": [EmbeddingAnswer.of(record).model_dump() for record in records]})
 
     @_route("GET", "/embeddings/([^/]+)")
-    def _get_embedding(self, _call: Call, name: str) -> Reply:
+    def _get_embedding(self, _call: _Asked, name: str) -> Reply:
         return _json({"embedding": EmbeddingAnswer.of(self._embedding(name)).model_dump()})
 
     @_route("POST", "/embeddings(/import)?")
-    def _post_embedding(self, call: Call, imported: str | None) -> Reply:
-        source = str((call.json or {}).get("source", "")) if imported else (call.file or ("", b""))[0]
-        given = (call.json if imported else call.form).get("name")
+    def _post_embedding(self, call: _Asked, imported: str | None) -> Reply:
+        source = str((call.json or {}).get("source", "")) if imported else str(call.call.file_name)
+        given = (call.json if imported else call.call.form).get("name")
         name = str(given or Path(source.replace(":", "-")).stem)
         record = _embedding(name)
         self.embeddings[name.lower()] = record
         return _json({"items": [{"source": source, "embeddings": [EmbeddingAnswer.of(record).model_dump()]}]}, 201)
 
     @_route("POST", "/embeddings/([^/]+)/alias")
-    def _post_alias(self, call: Call, name: str) -> Reply:
+    def _post_alias(self, call: _Asked, name: str) -> Reply:
         record = self._embedding(name).model_copy(update={"name": call.json["alias"]})
         self.embeddings[record.name.lower()] = record
         return _json(EmbeddingAnswer.of(record).model_dump(), 201)
 
     @_route("DELETE", "/embeddings/([^/]+)")
-    def _delete_embedding(self, _call: Call, name: str) -> Reply:
+    def _delete_embedding(self, _call: _Asked, name: str) -> Reply:
         del self.embeddings[self._embedding(name).name.lower()]
         return Reply(204)
 
@@ -403,30 +427,30 @@ class Memory:
         return known
 
     @_route("GET", "/checkpoints")
-    def _get_checkpoints(self, _call: Call) -> Reply:
+    def _get_checkpoints(self, _call: _Asked) -> Reply:
         return _json({"items": [CheckpointAnswer.of(record).model_dump() for record in self.models.values()]})
 
     @_route("GET", "/workers")
-    def _get_workers(self, _call: Call) -> Reply:
+    def _get_workers(self, _call: _Asked) -> Reply:
         return _json({"items": [], "aside": {}})
 
     @_route("POST", "/workers/([^/]+)/(?:drain|undrain|release)")
-    def _worker(self, _call: Call, station: str) -> Reply:
+    def _worker(self, _call: _Asked, station: str) -> Reply:
         raise UnknownName("worker", station)
 
     @_route("PUT", "/limits/([^/]+)")
     @_route("GET", "/limits/([^/]+)")
-    def _limits(self, call: Call, owner: str) -> Reply:
+    def _limits(self, call: _Asked, owner: str) -> Reply:
         if call.method == "PUT":
             self.limits[owner] = Limits.model_validate(call.json)
         return _json(self.limits.get(owner, Limits()).model_dump())
 
     @_route("GET", "/limits/([^/]+)/usage")
-    def _usage(self, _call: Call, _owner: str) -> Reply:
+    def _usage(self, _call: _Asked, _owner: str) -> Reply:
         return _json({"running": 0, "queued": sum(job.states.count("queued") for job in self.jobs.values())})
 
     @_route("GET", "/whoami")
-    def _whoami(self, _call: Call) -> Reply:
+    def _whoami(self, _call: _Asked) -> Reply:
         return _json({"owner": "memory"})
 
 
@@ -436,8 +460,8 @@ class _AsyncMemory:
     def __init__(self, memory: Memory) -> None:
         self._memory = memory
 
-    async def send(self, call: Call) -> Reply:
-        return self._memory.send(call)
+    async def send(self, call: Call, data: bytes) -> Reply:
+        return self._memory.send(call, data)
 
 
 class MemoryFarm(Farm):

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from latentfarm_shared.ledger import ImageState
 from latentfarm_shared.records import CheckpointRecord, EmbeddingRecord, family_of
 from pydantic import BaseModel, Field
 
-from latentfarm.jobs import FarmImage
+if TYPE_CHECKING:
+    from latentfarm.jobs import FarmImage
 
 BASE = "/api/v1"
 

@@ -2,7 +2,7 @@
 
 import secrets
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
@@ -71,6 +71,34 @@ def test_images_are_handed_out_once_and_counted(ledger: Ledger) -> None:
     status = ledger.status(job)
     assert (status.state, status.counts["succeeded"], status.is_final) == ("succeeded", 3, True)
     assert ledger.image_states(job, 0, 3) == ["succeeded"] * 3
+
+
+def test_stamp_changes_whenever_status_or_images_do(ledger: Ledger) -> None:
+    job = submit(ledger, 6)
+    held: list[Claim] = []
+
+    def take() -> None:
+        held.append(claim(ledger))
+
+    def scan() -> None:
+        ledger.retry(job, missing=True)
+        for _ in range(5):
+            ledger.sweep(at_once=True)
+
+    steps: list[Callable[[], object]] = [
+        take, take, take,
+        lambda: ledger.release(held.pop(), "w1"),
+        lambda: ledger.succeed(held.pop(), "w1"),
+        lambda: ledger.fail(held.pop(), "w1", "RENDER_FAILED", "why"),
+        take, lambda: ledger.pause(job), lambda: ledger.resume(job), lambda: ledger.prioritise(job, 4),
+        lambda: lapse(ledger), lambda: ledger.cancel(job), scan, take, lambda: ledger.succeed(held.pop(), "w1"),
+    ]  # fmt: skip
+    for number, step in enumerate(steps):
+        before = ledger.status(job), ledger.image_states(job, 0, 6), ledger.stamps([job])
+        step()
+        after = ledger.status(job), ledger.image_states(job, 0, 6), ledger.stamps([job])
+        assert before[:2] != after[:2], number
+        assert before[2] != after[2], number
 
 
 def test_submitting_again_changes_nothing(ledger: Ledger) -> None:

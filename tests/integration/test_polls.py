@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import threading
-from collections.abc import Iterator
+from collections.abc import Coroutine, Iterator, MutableMapping
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 from latentfarm.api.app import create_app
@@ -87,22 +89,6 @@ def test_whoever_changes_a_job_sees_it_at_once(client: TestClient, job: Job) -> 
     assert client.get(f"{url}/images/0").json()["state"] == "canceled"
 
 
-def test_every_field_of_a_status_that_changes_moves_its_stamp(farm: DirectFarm, job: Job) -> None:
-    steps = (
-        job.pause,
-        job.resume,
-        lambda: job.prioritise(3),
-        lambda: farm.ledger.redis.hset(f"lf:job:{job.id}", "progress", '{"stage": "packing"}'),
-        job.cancel,
-        lambda: job.retry(missing=True),
-    )
-    for step in steps:
-        before = job.status(), farm.ledger.stamps([job.id])[0]
-        step()
-        after = job.status(), farm.ledger.stamps([job.id])[0]
-        assert (before[0] != after[0]) == (before[1] != after[1]), step
-
-
 def test_answers_are_their_askers_own(farm: DirectFarm, job: Job) -> None:
     keys = ApiKeys(farm.ledger)
     _, mine = keys.create(farm.owner or "own", scopes=("admin", "read"))
@@ -155,6 +141,62 @@ def test_failed_look_is_told_to_all_who_asked() -> None:
     assert all(isinstance(error, Unavailable) for error in asyncio.run(ask()))
 
 
+def asked(
+    polls: Polls, job: Job, *headers: tuple[bytes, bytes], stalls: asyncio.Event | None = None
+) -> Coroutine[Any, Any, bytes]:
+    """Ask for a job's status as a server hands requests on; `stalls` is waited for before anything is read."""
+
+    async def ask() -> bytes:
+        parts: list[bytes] = []
+
+        async def send(message: MutableMapping[str, Any]) -> None:
+            if stalls is not None:
+                await stalls.wait()
+            parts.append(message.get("body", b""))
+
+        scope = {
+            "type": "http", "method": "GET", "path": f"/api/v1/jobs/{job.id}", "query_string": b"",
+            "headers": list(headers), "state": {"caller": SimpleNamespace(id="anybody")},
+        }  # fmt: skip
+        await polls(scope, nothing, send)
+        return b"".join(parts)
+
+    return ask()
+
+
+async def nothing() -> MutableMapping[str, Any]:
+    return {"type": "http.request"}
+
+
+async def answering(scope: Any, receive: Any, send: Any) -> None:
+    await send({"type": "http.response.start", "status": 200, "headers": []})
+    await send({"type": "http.response.body", "body": repr(scope["headers"]).encode()})
+
+
+def test_whoever_reads_slowly_holds_nobody_else_up(farm: DirectFarm, job: Job) -> None:
+    async def ask() -> bytes:
+        polls, stalled = Polls(answering, farm.ledger), asyncio.Event()
+        slow = asyncio.create_task(asked(polls, job, stalls=stalled))
+        await asyncio.sleep(0.05)
+        answer = await asyncio.wait_for(asked(polls, job), 5)
+        assert not slow.done()
+        stalled.set()
+        await slow
+        return answer
+
+    assert asyncio.run(ask()) == b"[]"
+
+
+def test_answers_are_for_the_headers_they_were_asked_with(farm: DirectFarm, job: Job) -> None:
+    async def ask() -> list[bytes]:
+        polls = Polls(answering, farm.ledger)
+        tag, empty = (b"if-none-match", b"x"), (b"if-none-match", b"")
+        ways: list[tuple[tuple[bytes, bytes], ...]] = [(tag, empty), (), (empty,), ((b"origin", b"y" * 2000),)]
+        return [await asked(polls, job, *headers) for headers in ways]
+
+    assert len(set(asyncio.run(ask()))) == 4
+
+
 def test_those_who_ask_the_same_at_once_have_one_answer_made(farm: DirectFarm, job: Job) -> None:
     made = 0
 
@@ -165,23 +207,9 @@ def test_those_who_ask_the_same_at_once_have_one_answer_made(farm: DirectFarm, j
         await send({"type": "http.response.start", "status": 200, "headers": []})  # type: ignore[operator]
         await send({"type": "http.response.body", "body": b"answer"})  # type: ignore[operator]
 
-    async def ask(polls: Polls) -> bytes:
-        parts: list[bytes] = []
-
-        async def send(message: object) -> None:
-            parts.append(message.get("body", b""))  # type: ignore[attr-defined]
-
-        class Anybody:
-            id = "anybody"
-
-        scope = {"type": "http", "method": "GET", "path": f"/api/v1/jobs/{job.id}", "query_string": b"",
-                 "headers": [], "state": {"caller": Anybody()}}  # fmt: skip
-        await polls(scope, None, send)  # type: ignore[arg-type]
-        return b"".join(parts)
-
     async def all_at_once() -> list[bytes]:
         polls = Polls(app, farm.ledger)
-        return list(await asyncio.gather(*(ask(polls) for _ in range(20))))
+        return list(await asyncio.gather(*(asked(polls, job) for _ in range(20))))
 
     assert asyncio.run(all_at_once()) == [b"answer"] * 20
     assert made == 1

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import pytest
 from latentfarm.api.problems import problem_of
 from latentfarm.client import calls, flows
-from latentfarm.client.flows import Call, Reply, asked, run
+from latentfarm.client.flows import Call, Flow, Reply, asked, run
 from latentfarm.client.problems import refuse_problem
 from latentfarm.client.profiles import Profile, Profiles, address_of, profiles_file, read_profiles, write_profiles
+from latentfarm.jobs import WaitTimeout
 from latentfarm_shared.errors import (
     AlreadyTaken,
     BadSettings,
@@ -23,6 +24,7 @@ from latentfarm_shared.errors import (
     NotAllowed,
     Unavailable,
     UnknownName,
+    UsageError,
 )
 from latentfarm_shared.specs import JobSpec
 
@@ -33,7 +35,7 @@ class Script:
     def __init__(self, *replies: Reply) -> None:
         self.replies, self.calls = list(replies), list[Call]()
 
-    def send(self, call: Call) -> Reply:
+    def send(self, call: Call, _data: bytes) -> Reply:
         self.calls.append(call)
         return self.replies.pop(0)
 
@@ -49,7 +51,7 @@ def full(after: str) -> Reply:
     return Reply(429, b"{}", {"retry-after": after})
 
 
-SAFE, UNSAFE = Call("GET", "/x"), Call("POST", "/x", is_safe=False)
+SAFE, UNSAFE = Call("GET", "/x"), Call("POST", "/x")
 
 
 @pytest.mark.parametrize(
@@ -78,6 +80,49 @@ def test_retry_after_is_kept_to_and_pauses_grow(pauses: list[float]) -> None:
     assert all(
         flows.FIRST_PAUSE_S * 2**n / 2 <= pause <= flows.FIRST_PAUSE_S * 2**n for n, pause in enumerate(pauses[1:], 1)
     )
+
+
+def test_waiting_keeps_to_its_time_while_the_farm_is_away(pauses: list[float]) -> None:
+    script = Script(*[Reply(503, b"{}", {"retry-after": "30"})] * 9)
+    with pytest.raises(WaitTimeout):
+        run(calls.waited("abc", 0.0, lambda _status: None), script)
+    assert sum(pauses) <= 1
+    with pytest.raises(Unavailable):
+        run(calls.waited("abc", None, lambda _status: None), Script(*[Reply(0, b"gone")] * 9))
+
+
+def test_removal_whose_answer_was_lost_is_not_sent_again() -> None:
+    script = Script(Reply(0, b"gone"))
+    with pytest.raises(Unavailable):
+        run(calls.remove_embedding("x", force=False), script)
+    assert len(script.calls) == 1
+
+
+def test_folder_is_taken_in_file_by_file(tmp_path: Path) -> None:
+    for name in ("a.pt", "deep/b.safetensors", "readme.txt", "a.preview.png", "empty.pt"):
+        path = tmp_path / name
+        path.parent.mkdir(exist_ok=True)
+        path.write_bytes(b"x" if name != "empty.pt" else b"")
+    with (tmp_path / "checkpoint.safetensors").open("wb") as file:
+        file.truncate(calls.MOST_UPLOAD + 1)
+    refusal = problem_of(UnknownName("x", "y")).model_dump_json().encode()
+    script = Script(Reply(201, b'{"items": []}'), Reply(422, refusal))
+    found = run(calls.add_all(tmp_path, None, None, allow_word=False), script)
+
+    assert [call.file_name for call in script.calls] == ["a.pt", "b.safetensors"]
+    assert [str(added.error) for added in found] == [
+        f"{tmp_path / 'checkpoint.safetensors'}: has over 32 MiB, so it is no embedding",
+        "there is no x called 'y'",
+    ]
+    with pytest.raises(InvalidField, match="not with a folder"):
+        run(calls.add_all(tmp_path, "name", None, allow_word=False), Script())
+
+
+def test_source_of_which_every_file_is_refused_says_why() -> None:
+    problem = problem_of(EmbeddingRefused("x", "it is disabled")).model_dump()
+    reply = Reply(201, json.dumps({"items": [{"source": "x", "embeddings": [], "error": problem}]}).encode())
+    with pytest.raises(EmbeddingRefused, match="disabled"):
+        run(calls.add_embedding("civitai:1", None, None, allow_word=False), Script(reply))
 
 
 def test_submission_that_is_sent_again_has_the_same_id() -> None:
@@ -110,10 +155,41 @@ def test_errors_come_back_as_what_they_were(error: FarmError) -> None:
     assert (told.code, told.exit_code) == (error.code, error.exit_code)
     names: Mapping[type[FarmError], tuple[str, ...]] = {
         InvalidField: ("field", "line"), UnknownName: ("kind", "name", "suggestions"),
-        Busy: ("retry_after_s",), NotAllowed: ("reason", "is_known"),
+        Busy: ("retry_after_s", "reason"), NotAllowed: ("reason", "is_known"), EmbeddingInUse: ("name", "jobs"),
+        AlreadyTaken: ("kind", "name", "reason"), Unavailable: ("service", "reason", "advice"),
     }  # fmt: skip
     for name in names.get(type(error), ()):
         assert getattr(told, name) == getattr(error, name), name
+
+
+def test_errors_without_details_are_told_in_words() -> None:
+    problem = {"title": "steps: is too much", "code": "INVALID_FIELD", "field": "steps", "status": 422}
+    with pytest.raises(InvalidField, match="is too much") as caught:
+        refuse_problem(Reply(422, json.dumps(problem).encode()))
+    assert (caught.value.field, caught.value.reason) == ("steps", "is too much")
+    unknown = {"title": "the body is too large", "code": "TOO_LARGE", "status": 413}
+    with pytest.raises(UsageError, match="too large") as other:
+        refuse_problem(Reply(413, json.dumps(unknown).encode()))
+    assert (other.value.code, other.value.exit_code) == ("TOO_LARGE", 2)
+
+
+FLOWS: list[Callable[[], Flow[object]]] = [
+    calls.whoami,
+    lambda: calls.status("x"),
+    lambda: calls.png("x", 0),
+    calls.workers,
+    lambda: calls.statuses(3, None),
+    lambda: calls.limits("x"),
+]
+
+
+@pytest.mark.parametrize("flow", FLOWS, ids=range(len(FLOWS)))
+@pytest.mark.parametrize(
+    "reply", [Reply(200, b"<html>login</html>"), Reply(301, b"", {"location": "https://sso"}), Reply(200, b"[3]")]
+)
+def test_pages_of_something_else_are_no_answers(flow: Callable[[], Flow[object]], reply: Reply) -> None:
+    with pytest.raises(Unavailable, match="not as a farm does"):
+        run(flow(), Script(reply))
 
 
 @pytest.mark.parametrize("content", [b"<html>bad gateway</html>", b"", b"[]", b'{"title": 3}'])
@@ -140,9 +216,10 @@ def test_key_of_one_farm_is_not_sent_to_another(monkeypatch: pytest.MonkeyPatch,
     with pytest.raises(InvalidField, match="login"):
         address_of(None, None)
     monkeypatch.setenv("LATENTFARM_API_KEY", "lf_mine")
-    assert address_of("https://one", None) == ("https://one", "lf_mine")
+    assert address_of("https://one", None) == ("https://one", None)
     monkeypatch.setenv("LATENTFARM_API_URL", "https://one")
-    assert address_of("https://one", None) == ("https://one", "lf_mine")
+    assert address_of("https://one/", None) == ("https://one", "lf_mine")
+    assert address_of("https://one", "") == ("https://one", None)
     assert address_of("https://other", None) == ("https://other", None)
     assert address_of(None, None) == ("https://one", "lf_mine")
     monkeypatch.delenv("LATENTFARM_API_URL")

@@ -23,7 +23,7 @@ from latentfarm.keys import ApiKey, ApiKeys, Scope
 
 SCHEMES = ("bearer", "token", "key")
 ANYBODY = "anybody"
-ASK_S = 0.2
+ASK_S, LOOKS = 0.2, ("GET", "HEAD")
 
 
 @dataclass(frozen=True)
@@ -65,7 +65,7 @@ class Callers:
             NotAllowed: a key is needed, and it is missing, unknown or expired.
             Busy: the key's requests of this minute are used up.
         """
-        if not await self._need_keys():
+        if not await self._need_keys(request.method):
             return Caller(ANYBODY, self.farm)
         word = key_of(request)
         if word is None:
@@ -76,9 +76,9 @@ class Callers:
             self._count(key, key.requests_per_minute)
         return Caller(key.id, self._seen_by(key.owner), key)
 
-    async def _need_keys(self) -> bool:
-        """Tell whether callers need keys; once they do, they always will. Until then it is asked anew every moment."""
-        if not self._are_needed and time.monotonic() - self._asked > ASK_S:
+    async def _need_keys(self, method: str) -> bool:
+        """Tell whether callers need keys; once they do, they always will. Those who only look are told again after a moment."""
+        if not self._are_needed and (method not in LOOKS or time.monotonic() - self._asked > ASK_S):
             self._are_needed = await run_in_threadpool(self.keys.are_needed)
             self._asked = time.monotonic()
         return self._are_needed

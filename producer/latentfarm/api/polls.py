@@ -19,7 +19,7 @@ from latentfarm_shared.ledger import Ledger, Stamp
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 GATHER_S = 0.005
-MOST, MOST_BYTES = 2000, 32 * 1024
+MOST, MOST_BYTES, MOST_KEY = 2000, 32 * 1024, 1024
 VARYING = (b"if-none-match", b"origin")
 _POLLED = re.compile(r"/api/v1/jobs/([\w-]{1,64})(?:/images/\d{1,6}|/history)?")
 
@@ -79,34 +79,32 @@ class _Held:
     start: Message
     body: bytes
 
+    @property
+    def is_kept(self) -> bool:
+        """Tell whether others may have it, too."""
+        return self.start["status"] in (200, 304) and len(self.body) <= MOST_BYTES
 
-class _Recorder:
-    """Passes an answer on and remembers it, if it is small."""
+    async def send(self, send: Send) -> None:
+        """Send it to somebody."""
+        await send({**self.start, "headers": list(self.start["headers"])})
+        await send({"type": "http.response.body", "body": self.body})
 
-    def __init__(self, send: Send) -> None:
-        self._send = send
-        self._start: Message | None = None
+
+class _Collector:
+    """Takes an answer in whole, so that whoever reads slowly holds nobody else up."""
+
+    def __init__(self) -> None:
+        self._start: Message = {}
         self._parts: list[bytes] = []
-        self._is_whole = False
 
     async def __call__(self, message: Message) -> None:
         if message["type"] == "http.response.start":
             self._start = dict(message)
         else:
             self._parts.append(message.get("body", b""))
-            self._is_whole = not message.get("more_body", False)
-        await self._send(message)
 
-    def held(self, stamp: Stamp) -> _Held | None:
-        body = b"".join(self._parts)
-        if (
-            self._start is None
-            or not self._is_whole
-            or self._start["status"] not in (200, 304)
-            or len(body) > MOST_BYTES
-        ):
-            return None
-        return _Held(stamp, self._start, body)
+    def answer(self, stamp: Stamp) -> _Held:
+        return _Held(stamp, self._start, b"".join(self._parts))
 
 
 class Polls:
@@ -120,39 +118,36 @@ class Polls:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer a poll, or pass the request on."""
-        job = _job_of(scope)
-        stamp = None
-        if job is not None:
+        job, key, stamp = _job_of(scope), _key_of(scope), None
+        if job is not None and key is not None:
             with suppress(Unavailable):  # which the route says in its own words
                 stamp = await self._looks.stamp(job)
-        if stamp is None:
+        if stamp is None or key is None:
             await self._app(scope, receive, send)
             return
-        key = _key_of(scope)
         if (made := self._making.get((key, stamp))) is not None:
             await made.wait()  # somebody asked the same a moment ago
         held = self._held.get(key)
         if held is None or held.stamp != stamp:
-            await self._make(scope, receive, send, key, stamp)
-            return
-        self._held.move_to_end(key)
-        await send({**held.start, "headers": list(held.start["headers"])})
-        await send({"type": "http.response.body", "body": held.body})
+            held = await self._make(scope, receive, key, stamp)
+        await held.send(send)
 
-    async def _make(self, scope: Scope, receive: Receive, send: Send, key: Key, stamp: Stamp) -> None:
+    async def _make(self, scope: Scope, receive: Receive, key: Key, stamp: Stamp) -> _Held:
         """Have an answer made, and keep it."""
         made = self._making.setdefault((key, stamp), asyncio.Event())
-        recorder = _Recorder(send)
+        collector = _Collector()
         try:
-            await self._app(scope, receive, recorder)
-            self._keep(key, recorder.held(stamp))
+            await self._app(scope, receive, collector)
+            held = collector.answer(stamp)
+            self._keep(key, held)
         finally:
             self._making.pop((key, stamp), None)
             made.set()
+        return held
 
-    def _keep(self, key: Key, held: _Held | None) -> None:
+    def _keep(self, key: Key, held: _Held) -> None:
         self._held.pop(key, None)
-        if held is not None:
+        if held.is_kept:
             self._held[key] = held
             if len(self._held) > MOST:
                 self._held.popitem(last=False)
@@ -165,8 +160,12 @@ def _job_of(scope: Scope) -> str | None:
     return None if found is None else found[1]
 
 
-def _key_of(scope: Scope) -> Key:
-    """Return what an answer depends on beside the job: who asks, and for what."""
-    caller: Any = scope["state"]["caller"]
-    headers = dict(scope["headers"])
-    return caller.id, scope["path"], scope["query_string"], tuple(headers.get(name, b"") for name in VARYING)
+def _key_of(scope: Scope) -> Key | None:
+    """Return what an answer depends on beside the job: who asks, and for what; None where that is too much to remember."""
+    if scope["type"] != "http" or scope["method"] != "GET":
+        return None
+    caller: Any = scope.get("state", {}).get("caller")
+    varying = tuple(value for name, value in scope["headers"] if name in VARYING for value in (name, value))
+    if caller is None or len(scope["query_string"]) + sum(map(len, varying)) > MOST_KEY:
+        return None
+    return caller.id, scope["path"], scope["query_string"], varying

@@ -58,6 +58,7 @@ class Problem(BaseModel):
     line: int | None = None
     nearest: list[str] = []
     errors: list[dict[str, Any]] = Field([], description="Of a file, every row that is wrong.")
+    details: list[Any] = Field([], description="What the sentence is made of, in an order that depends on the code.")
     retry_after: int | None = Field(None, description="Seconds after which trying again may help.")
     request_id: str | None = None
 
@@ -129,7 +130,18 @@ def problem_of(error: FarmError) -> Problem:
         nearest=list(inner.suggestions) if isinstance(inner, UnknownName) else [],
         errors=[_row(row) for row in inner.errors] if isinstance(inner, InvalidRows) else [],
         retry_after=wait,
+        details=_details(inner),
     )
+
+
+def _details(error: FarmError) -> list[Any]:
+    """Return what an error was made of, if that can be written down."""
+    plain = (str, int, float, bool, type(None))
+    found = [list(value) if isinstance(value, tuple) else value for value in error.args]
+    is_plain = all(
+        isinstance(item, plain) for value in found for item in (value if isinstance(value, list) else [value])
+    )
+    return found if is_plain else []
 
 
 def _row(row: RowError) -> dict[str, Any]:

@@ -17,13 +17,17 @@ TICK_S = 0.1
 PAGE = 1000
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(eq=False)
 class News:
-    """What happened to a job since the version `after`, and where it stands behind it; shared by all who saw as much."""
+    """What happened to a job since the version `after`, and where it stands behind it; shared by all who saw as much.
+
+    `encoded` is how a stream tells it, once one has.
+    """
 
     after: int
     events: tuple[JobEvent, ...]
     status: JobStatus
+    encoded: bytes = b""
 
 
 class Tail:

@@ -2,21 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, TypeVar
 
-OFFERED = 50
+T = TypeVar("T")
+OFFERED, PATIENCE_S = 50, 1.0
 
 
 def complete_job(incomplete: str) -> list[tuple[str, str]]:
     """Offer the newest jobs, with their prompts."""
-    from latentfarm_shared.errors import FarmError  # noqa: PLC0415 - keeps --help fast
-
-    from latentfarm.cli.reach import reach  # noqa: PLC0415
-
-    try:
-        statuses = reach(None).statuses(OFFERED)
-    except FarmError:
-        return []
+    statuses = _asked(lambda farm: farm.statuses(OFFERED))
     return [
         (status.id, f"{status.state}: {status.name or status.prompt}"[:60])
         for status in statuses
@@ -40,25 +35,23 @@ def complete_schedule(incomplete: str) -> list[str]:
 
 def complete_embedding(incomplete: str) -> list[str]:
     """Offer the embeddings that can be named."""
-    from latentfarm_shared.errors import FarmError  # noqa: PLC0415
-
-    from latentfarm.cli.reach import reach  # noqa: PLC0415
-
-    try:
-        return _beginning(incomplete, [record.name for record in reach(None).embeddings.ls()])
-    except FarmError:
-        return []
+    return _beginning(incomplete, [record.name for record in _asked(lambda farm: farm.embeddings.ls())])
 
 
 def complete_model(incomplete: str) -> list[str]:
     """Offer the checkpoints."""
-    from latentfarm_shared.errors import FarmError  # noqa: PLC0415
+    return _beginning(incomplete, [record.name for record in _asked(lambda farm: farm.models.ls())])
 
-    from latentfarm.cli.reach import reach  # noqa: PLC0415
 
+def _asked(ask: Callable[[Any], Sequence[T]]) -> Sequence[T]:
+    """Ask the farm, for a moment; return nothing where it does not answer, for Tab is no place for errors."""
+    from latentfarm.cli.reach import reach  # noqa: PLC0415 - keeps --help fast
+    from latentfarm.client import flows  # noqa: PLC0415
+
+    flows.TRIES = 1  # this process does nothing else
     try:
-        return _beginning(incomplete, [record.name for record in reach(None).models.ls()])
-    except FarmError:
+        return ask(reach(None, timeout_s=PATIENCE_S))
+    except Exception:  # noqa: BLE001 - whatever it is
         return []
 
 

@@ -238,10 +238,8 @@ def submit(
     submitted = reach(data).submit_file(file, anew=anew, defaults=defaults)
     _print_ids(submitted, as_json=as_json)
     if watch:
-        for job in submitted:
-            _follow(job, None)
-        for job in submitted:
-            _exit_code(job.status())
+        _follow_all(submitted, None)
+        _exit_code(*(job.status() for job in submitted))
 
 
 @app.command("ls")
@@ -305,30 +303,39 @@ def watch_jobs(
 
         latentfarm jobs watch
     """
+    from latentfarm_shared.errors import InvalidField  # noqa: PLC0415
+
     from latentfarm.cli.watching import watch  # noqa: PLC0415 - keeps --help fast
 
     farm = reach(data)
     if not job:
-        watch(lambda: farm.statuses(WATCHED), is_endless=True)
+        if as_json:
+            raise InvalidField("json", "needs the ids of jobs, whose end it tells")
+        watch(lambda: farm.statuses(WATCHED), is_endless=True, timeout_s=timeout)
         return
     found = [farm.job(name) for name in job]
     if sys.stderr.isatty():
         watch(lambda: [each.status() for each in found], is_endless=False, timeout_s=timeout)
     else:
-        for each in found:
-            _follow(each, timeout)
+        _follow_all(found, timeout)
     statuses = [each.status() for each in found]
     if as_json:
         show([describe(status) for status in statuses], as_json=True, single=len(found) == 1)
-    for status in statuses:
-        _exit_code(status)
+    _exit_code(*statuses)
+
+
+def _follow_all(jobs: Sequence[AnyJob], timeout_s: float | None) -> None:
+    """Follow jobs one after the other, all within a time."""
+    until = None if timeout_s is None else time.monotonic() + timeout_s
+    for job in jobs:
+        _follow(job, None if until is None else max(0.0, until - time.monotonic()))
 
 
 @app.command("download")
 def download(
     job: JobId,
     output: Annotated[Path, typer.Option("--output", "-o", help="Folder to save in.")] = Path(),
-    follow: Annotated[bool, typer.Option("--follow", help="Go on until the job is over.")] = False,
+    follow: Annotated[bool, typer.Option("--follow", help="Go on until the job is over, or paused.")] = False,
     data: Data = None,
     as_json: Json = False,
 ) -> None:
@@ -345,10 +352,12 @@ def download(
         while True:
             status = found.status()
             files = [str(path) for path in _saved(found, output, partial(update, total=status.total, word="saved"))]
-            if not follow or status.is_final:
+            if not follow or status.is_final or status.state == "paused":
                 break
             time.sleep(FOLLOW_S)
     typer.echo(json.dumps(files, ensure_ascii=False) if as_json else "\n".join(files))
+    if follow:
+        _exit_code(status)
 
 
 def _saved(job: AnyJob, folder: Path, tell: Callable[[int], None]) -> list[Path]:
@@ -544,7 +553,10 @@ def _show(job: AnyJob, most: int = THUMBNAILS) -> None:
         show_thumbnails(shown)
 
 
-def _exit_code(status: JobStatus) -> None:
-    if status.state != "succeeded":
+def _exit_code(*statuses: JobStatus) -> None:
+    """Say which jobs did not succeed, and end with 1 if there are any."""
+    failed = [status for status in statuses if status.state != "succeeded"]
+    for status in failed:
         typer.echo(f"job {status.id} {status.state}: {status.counts['failed']} images failed", err=True)
+    if failed:
         raise typer.Exit(1)

@@ -29,8 +29,13 @@ def login(
 
         latentfarm login http://127.0.0.1:8000 --no-key --name here
     """
-    from latentfarm.client.http import checked  # noqa: PLC0415 - keeps --help fast
-    from latentfarm.client.profiles import Profile, profiles_file, read_profiles, write_profiles  # noqa: PLC0415
+    from latentfarm.client.profiles import (  # noqa: PLC0415 - keeps --help fast
+        Profile,
+        checked,
+        profiles_file,
+        read_profiles,
+        write_profiles,
+    )
     from latentfarm.client.sync import Farm  # noqa: PLC0415
 
     url = checked(url)
@@ -92,6 +97,8 @@ def _key(*, from_stdin: bool) -> str:
     from latentfarm_shared.errors import InvalidField  # noqa: PLC0415
 
     given = sys.stdin.readline() if from_stdin else str(typer.prompt("API key", hide_input=True))
-    if not given.strip() or not given.strip().isprintable():
-        raise InvalidField("key", "is missing; a farm's administrator makes one with 'latentfarm keys create'")
+    if not given.strip() or not given.strip().isascii() or not given.strip().isprintable():
+        raise InvalidField(
+            "key", "is missing, or no key; a farm's administrator makes one with 'latentfarm keys create'"
+        )
     return given.strip()

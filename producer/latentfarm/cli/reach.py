@@ -24,19 +24,20 @@ def name_farm(name: str | None) -> None:
     _named[:] = [name] if name else []
 
 
-def reach(data: Path | None) -> Farm | DirectFarm:
-    """Find the farm, over HTTP if that is how it is known.
+def reach(data: Path | None, timeout_s: float = 60.0) -> Farm | DirectFarm:
+    """Find the farm, over HTTP if that is how it is known; `timeout_s` is that of one try of a call.
 
     Raises:
         NoFarm, Unavailable: none is there.
         UnknownName: there is no profile of the name.
     """
-    profile = None if data is not None else _profile()
+    profile = _profile(data)
     if profile is None:
         return _direct(data)
     from latentfarm.client.sync import Farm  # noqa: PLC0415 - keeps --help fast
 
-    return Farm(*profile)
+    url, key = profile
+    return Farm(url, key or "", timeout_s=timeout_s)
 
 
 def connect(data: Path | None) -> DirectFarm:
@@ -46,7 +47,7 @@ def connect(data: Path | None) -> DirectFarm:
         NoFarm, Unavailable: none is there.
         UsageError: it is known over HTTP alone.
     """
-    profile = None if data is not None else _profile()
+    profile = _profile(data)
     if profile is not None:
         from latentfarm_shared.errors import UsageError  # noqa: PLC0415
 
@@ -64,10 +65,20 @@ def _direct(data: Path | None) -> DirectFarm:
     return DirectFarm.from_env(data)
 
 
-def _profile() -> tuple[str, str | None] | None:
-    """Return address and key of the farm that is reached over HTTP; None if it is reached directly."""
+def _profile(data: Path | None) -> tuple[str, str | None] | None:
+    """Return address and key of the farm that is reached over HTTP; None if it is reached directly.
+
+    Raises:
+        InvalidField: two farms are named.
+    """
+    from latentfarm_shared.errors import InvalidField  # noqa: PLC0415
+
     from latentfarm.client.profiles import URL, profile_set, read_profiles  # noqa: PLC0415
 
+    if data is not None:
+        if _named:
+            raise InvalidField("farm", "goes without --data; each names another farm")
+        return None
     if _named:
         found = read_profiles().of(_named[0])
     elif not os.environ.get(URL) and any(os.environ.get(name) for name in DIRECT):

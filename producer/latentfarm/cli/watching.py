@@ -69,7 +69,8 @@ def watch(
             if timeout_s is not None and time.monotonic() - began > timeout_s:
                 from latentfarm.jobs import WaitTimeout  # noqa: PLC0415
 
-                raise WaitTimeout(next(status.id for status in statuses if not status.is_final), timeout_s)
+                open_ = [status.id for status in statuses if not status.is_final]
+                raise WaitTimeout(open_[0] if open_ else "none", timeout_s)
             time.sleep(LOOK_S)
 
 

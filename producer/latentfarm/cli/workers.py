@@ -71,10 +71,16 @@ def set_limits(
 
 @limits_app.command("show")
 def show_limits(
-    owner: Annotated[str, typer.Argument(help="Whose.")] = "", data: Data = None, as_json: Json = False
+    owner: Annotated[str | None, typer.Argument(help="Whose; your own, if left out.")] = "",
+    data: Data = None,
+    as_json: Json = False,
 ) -> None:
     """Show what an owner may have, and has."""
+    from latentfarm.client.sync import Farm  # noqa: PLC0415 - keeps --help fast
+
     farm = reach(data)
+    if isinstance(farm, Farm):
+        owner = owner or farm.whoami() or None
     own, others = farm.limits(owner).model_dump(), farm.limits(None).model_dump()
     row = {name: value if value is not None else others[name] for name, value in own.items()}
     has = {f"{name}_now": value for name, value in farm.usage(owner).items()}

@@ -21,8 +21,8 @@ from latentfarm.client.flows import Call, Flow, Reply, SendsAsync, run_async
 from latentfarm.client.http import TIMEOUT_S, AsyncHttp
 from latentfarm.client.profiles import address_of
 from latentfarm.client.sync import Image
-from latentfarm.comparison import comparison
-from latentfarm.pictures import AT_ONCE, write_whole
+from latentfarm.comparison import Grid, thumbnail
+from latentfarm.pictures import AT_ONCE, is_saved, remove_parts, write_whole
 from latentfarm.planning import Plan
 from latentfarm.views import CheckpointAnswer, EmbeddingAnswer, ImageAnswer
 from latentfarm.waiting import Cause
@@ -194,21 +194,21 @@ class AsyncJob:
         Raises:
             InvalidField: the images have no such field; names the nearest.
         """
-        gate = asyncio.Semaphore(AT_ONCE)
-
-        async def fetched(image: AsyncImage) -> Image:
-            async with gate:
-                png = await image.png() if image.state == "succeeded" else b""
-            return Image(_Had(png), self.id, image.index, image.state, image.told)
-
-        images = await asyncio.gather(*[fetched(image) async for image in self.iter_images()])
-        return await asyncio.to_thread(comparison, images, x, y, (await self.status()).prompt)
+        grid = Grid(x, y)
+        async for image in self.iter_images():
+            grid.add(Image(_Nobody(), self.id, image.index, image.state, image.told))
+        thumbnails = {}
+        for place, shown in grid.wanted().items():
+            png = await run_async(calls.png(self.id, shown.index), self._sends)
+            thumbnails[place] = await asyncio.to_thread(thumbnail, png)
+        return await asyncio.to_thread(grid.drawn, (await self.status()).prompt, thumbnails)
 
     async def download(self, folder: str | Path, on_saved: Callable[[Path], None] | None = None) -> list[Path]:
         """Save every finished image as `<index>-<seed>.png`, several at a time; return the files.
 
         Files that are there already are kept, so that a download may be repeated; `on_saved` hears of each.
         """
+        await asyncio.to_thread(remove_parts, Path(folder))
         files: list[Path] = []
         batch: list[AsyncImage] = []
         async for image in self.iter_images():
@@ -222,25 +222,25 @@ class AsyncJob:
         return files
 
 
-@dataclass(frozen=True)
-class _Had:
-    """Stands in for the farm where a picture is here already."""
+class _Nobody:
+    """Stands in for a farm that is not asked."""
 
-    png: bytes
-
-    def send(self, _call: Call) -> Reply:
-        return Reply(200, self.png)
+    def send(self, call: Call, data: bytes) -> Reply:
+        raise NotImplementedError(call.path, data)
 
 
 async def _save_all(batch: list[AsyncImage], folder: Path, on_saved: Callable[[Path], None] | None) -> None:
     async def save(image: AsyncImage) -> None:
         path = folder / image.file_name
-        if not path.exists():
+        if not await asyncio.to_thread(is_saved, path, image.parameters):
             await image.save(path)
         if on_saved is not None:
             on_saved(path)
 
-    await asyncio.gather(*(save(image) for image in batch))
+    results = await asyncio.gather(*(save(image) for image in batch), return_exceptions=True)
+    for result in results:  # all have ended, so that nothing goes on behind the caller's back
+        if result is not None:
+            raise result
 
 
 class AsyncEmbeddings:
@@ -321,7 +321,7 @@ class AsyncFarm(Generates[Coroutine[Any, Any, AsyncJob]]):
         """Connect lazily to the farm at an address.
 
         Without one, to that of LATENTFARM_API_URL and LATENTFARM_API_KEY, or of 'latentfarm login'. `timeout_s` is that of
-        one call. `sends` sends calls some other way, as `latentfarm.testing` does.
+        one try of a call, of which there may be a few. `sends` sends calls some other way, as `latentfarm.testing` does.
 
         Raises:
             InvalidField: no address is given, or set; or it is none.
@@ -419,8 +419,8 @@ class AsyncFarm(Generates[Coroutine[Any, Any, AsyncJob]]):
         """Return what an owner may have; None is everybody who has no limits of their own."""
         return await self._run(calls.limits(owner))
 
-    async def usage(self, owner: str) -> dict[str, int]:
-        """Return how many images of an owner are `running` and `queued`."""
+    async def usage(self, owner: str | None) -> dict[str, int]:
+        """Return how many images of an owner, or of those without a name, are `running` and `queued`."""
         return await self._run(calls.usage(owner))
 
     async def set_limits(self, owner: str | None, limits: Limits) -> None:

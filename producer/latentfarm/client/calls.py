@@ -11,13 +11,15 @@ from pathlib import Path
 from typing import Any, TypeVar
 from urllib.parse import quote
 
-from latentfarm_shared.errors import UnknownName, UnreadableFile, UsageError
+from latentfarm_shared.errors import FarmError, InvalidField, UnknownName, UnreadableFile, UsageError
+from latentfarm_shared.intake import embedding_paths
 from latentfarm_shared.ledger import JobEvent, JobStatus, Limits, WorkerStatus
+from latentfarm_shared.png import SIGNATURE
 from latentfarm_shared.specs import JobSpec
-from pydantic import BaseModel, TypeAdapter
+from pydantic import BaseModel, ValidationError
 
-from latentfarm.client.flows import Call, Flow, Pause, Reply, asked
-from latentfarm.client.problems import refuse_problem
+from latentfarm.client.flows import TRIES, Call, Flow, Pause, Reply, asked, pause_after
+from latentfarm.client.problems import error_of, no_farm, refuse_problem
 from latentfarm.jobs import WaitTimeout
 from latentfarm.planning import Plan
 from latentfarm.views import BASE, CheckpointAnswer, EmbeddingAnswer, ImageAnswer
@@ -26,6 +28,9 @@ from latentfarm.waiting import Cause
 M = TypeVar("M", bound=BaseModel)
 
 POLL_S = (0.1, 1.0)
+LONG_S = 600.0  # for what the farm reads or fetches whole
+MOST_UPLOAD = 32 * 2**20
+ADDRESSES = ("https://", "http://", "civitai:")
 PAGE = 500
 SHORTEST_ID = 16
 EVERYBODY = "-"
@@ -38,14 +43,51 @@ def fetch(call: Call) -> Flow[Reply]:
     return reply
 
 
+def _values(reply: Reply) -> Any:
+    """Return what an answer says in JSON.
+
+    Raises:
+        Unavailable: it is none, so no farm gave it.
+    """
+    try:
+        return json.loads(reply.content)
+    except ValueError:
+        raise no_farm(reply.status) from None
+
+
+def _checked(model: type[M], values: Any, status: int) -> M:
+    try:
+        return model.model_validate(values)
+    except ValidationError:
+        raise no_farm(status, "is it of another version?") from None
+
+
+def _field(reply: Reply, name: str) -> Any:
+    """Return a field of an answer.
+
+    Raises:
+        Unavailable: it has none, so no farm gave it.
+    """
+    values = _values(reply)
+    if not isinstance(values, dict) or name not in values:
+        raise no_farm(reply.status)
+    return values[name]
+
+
+def _listed(model: type[M], values: Any, status: int) -> list[M]:
+    if not isinstance(values, list):
+        raise no_farm(status)
+    return [_checked(model, value, status) for value in values]
+
+
 def get(model: type[M], path: str, **query: str | int | bool | None) -> Flow[M]:
     """Return what a route tells, checked."""
     reply = yield from fetch(Call("GET", BASE + path, query))
-    return model.model_validate_json(reply.content)
+    return _checked(model, _values(reply), reply.status)
 
 
 def _items(model: type[M], reply: Reply) -> list[M]:
-    return TypeAdapter(list[model]).validate_python(json.loads(reply.content)["items"])  # type: ignore[valid-type]
+    return _listed(model, _field(reply, "items"), reply.status)
 
 
 # ---- jobs
@@ -54,27 +96,32 @@ def _items(model: type[M], reply: Reply) -> list[M]:
 def submit(spec: JobSpec, job_id: str | None = None) -> Flow[str]:
     """Submit a job and return its id, which is drawn here, so that a submission may be sent again."""
     values = spec.model_dump(mode="json", exclude_defaults=True) | {"id": job_id or secrets.token_hex(8)}
-    reply = yield from fetch(Call("POST", f"{BASE}/jobs", json=values))
-    return str(json.loads(reply.content)["id"])
+    reply = yield from fetch(Call("POST", f"{BASE}/jobs", json=values, is_safe=True))
+    return str(_field(reply, "id"))
 
 
 def submit_file(path: Path, *, anew: bool, defaults: Mapping[str, Any]) -> Flow[list[str]]:
     """Submit a file of jobs and return their ids; one that makes new jobs each time is not sent again."""
-    query = {"name": path.name, "anew": anew, **defaults}
-    call = Call("POST", f"{BASE}/jobs/files", query, content=path.read_bytes(), is_safe=not anew)
-    reply = yield from fetch(call)
-    return [str(job["id"]) for job in json.loads(reply.content)["jobs"]]
+    query = {"name": _name(path), "anew": anew, **defaults}
+    reply = yield from fetch(Call("POST", f"{BASE}/jobs/files", query, source=path, is_safe=not anew, timeout_s=LONG_S))
+    return [str(job["id"]) for job in _field(reply, "jobs")]
+
+
+def _name(path: Path) -> str:
+    """Return what a file is called to the farm: standard input is a table."""
+    return "stdin.jsonl" if str(path) == "-" else path.name
 
 
 def plan(source: JobSpec | Path, defaults: Mapping[str, Any]) -> Flow[Plan]:
     """Tell what a job or a file would do."""
     if isinstance(source, JobSpec):
         values = source.model_dump(mode="json", exclude_defaults=True)
-        reply = yield from fetch(Call("POST", f"{BASE}/plan", json=values))
+        call = Call("POST", f"{BASE}/plan", json=values, is_safe=True)
     else:
-        query = {"name": source.name, **defaults}
-        reply = yield from fetch(Call("POST", f"{BASE}/plan/files", query, content=source.read_bytes()))
-    return Plan.model_validate_json(reply.content)
+        query = {"name": _name(source), **defaults}
+        call = Call("POST", f"{BASE}/plan/files", query, source=source, is_safe=True, timeout_s=LONG_S)
+    reply = yield from fetch(call)
+    return _checked(Plan, _values(reply), reply.status)
 
 
 def status(job: str) -> Flow[JobStatus]:
@@ -90,7 +137,7 @@ def statuses(limit: int, state: str | None) -> Flow[list[JobStatus]]:
         query = {"limit": min(PAGE, limit - len(found)), "state": state, "cursor": cursor}
         reply = yield from fetch(Call("GET", f"{BASE}/jobs", query))
         found += _items(JobStatus, reply)
-        cursor = json.loads(reply.content)["next"]
+        cursor = _field(reply, "next")
         if cursor is None:
             break
     return found
@@ -116,41 +163,58 @@ def job_called(name: str) -> Flow[str]:
 def waited(job: str, timeout_s: float | None, tell: Callable[[JobStatus], None]) -> Flow[JobStatus]:
     """Wait until a job is over, asking again and again; an answer that has not changed costs the farm next to nothing.
 
+    A farm that is away for a while is waited for, too, as long as there is time, or a few tries without an end to it.
+
     Raises:
         WaitTimeout: it took longer.
+        Unavailable: the farm is away.
     """
-    began, pause, etag = time.monotonic(), POLL_S[0], ""
+    began, pause, etag, failures = time.monotonic(), POLL_S[0], "", 0
     while True:
+        left = None if timeout_s is None else timeout_s - (time.monotonic() - began)
         headers = {"if-none-match": etag} if etag else {}
-        reply = yield from fetch(Call("GET", f"{BASE}/jobs/{job}", headers=headers))
-        if reply.status != 304:
-            etag, pause = reply.headers.get("etag", ""), POLL_S[0]
-            found = JobStatus.model_validate_json(reply.content)
-            tell(found)
-            if found.is_final:
-                return found
+        reply = yield Call(
+            "GET",
+            f"{BASE}/jobs/{quote(job, safe='')}",
+            headers=headers,
+            timeout_s=None if left is None else max(1.0, left),
+        )
+        assert reply is not None  # noqa: S101 - a call is always answered
+        again = pause_after(reply, failures + 1)
+        if again is None or (timeout_s is None and failures + 1 >= TRIES):
+            refuse_problem(reply)
+            failures = 0
+            if reply.status != 304:
+                etag, pause = reply.headers.get("etag", ""), POLL_S[0]
+                found = _checked(JobStatus, _values(reply), reply.status)
+                tell(found)
+                if found.is_final:
+                    return found
+        else:
+            failures += 1
         left = None if timeout_s is None else timeout_s - (time.monotonic() - began)
         if timeout_s is not None and left is not None and left <= 0:
             raise WaitTimeout(job, timeout_s)
-        yield Pause(pause if left is None else min(pause, left))
+        wanted = pause if again is None else again
+        yield Pause(wanted if left is None else min(wanted, left))
         pause = min(POLL_S[1], pause * 1.3)
 
 
 def order(job: str, what: str, **values: Any) -> Flow[None]:
     """Steer a job: cancel, pause, resume, approve, retry, priority; each may be told again."""
-    yield from fetch(Call("POST", f"{BASE}/jobs/{job}/{what}", json=values or None))
+    yield from fetch(Call("POST", f"{BASE}/jobs/{job}/{what}", json=values or None, is_safe=True))
 
 
 def events(job: str, after: int, limit: int) -> Flow[list[JobEvent]]:
     """Return what happened since a version."""
     reply = yield from fetch(Call("GET", f"{BASE}/jobs/{job}/history", {"after": after, "limit": limit}))
-    return TypeAdapter(list[JobEvent]).validate_python(json.loads(reply.content)["events"])
+    return _listed(JobEvent, _field(reply, "events"), reply.status)
 
 
 def why(job: str) -> Flow[list[Cause]]:
     """Return why images of a job wait."""
-    reply = yield from fetch(Call("GET", f"{BASE}/jobs/{job}/why"))
-    return TypeAdapter(list[Cause]).validate_python(json.loads(reply.content)["causes"])
+    reply = yield from fetch(Call("GET", f"{BASE}/jobs/{quote(job, safe='')}/why"))
+    return _listed(Cause, _field(reply, "causes"), reply.status)
 
 
 def manifest(job: str, name: str) -> Flow[bytes]:
@@ -167,14 +231,21 @@ def image_page(job: str, start: int, stop: int | None) -> Flow[tuple[list[ImageA
     if not limit:
         return [], None
     reply = yield from fetch(Call("GET", f"{BASE}/jobs/{job}/images", {"limit": limit, "cursor": str(start)}))
-    following = json.loads(reply.content)["next"]
+    following = _field(reply, "next")
     end = None if following is None or (stop is not None and int(following) >= stop) else int(following)
     return _items(ImageAnswer, reply), end
 
 
 def png(job: str, index: int) -> Flow[bytes]:
-    """Return a picture."""
-    return (yield from fetch(Call("GET", f"{BASE}/jobs/{job}/images/{index}.png"))).content
+    """Return a picture.
+
+    Raises:
+        Unavailable: what came is none.
+    """
+    reply = yield from fetch(Call("GET", f"{BASE}/jobs/{job}/images/{index}.png"))
+    if not reply.content.startswith(SIGNATURE):
+        raise no_farm(reply.status, "it sent no picture")
+    return reply.content
 
 
 # ---- embeddings and checkpoints
@@ -186,7 +257,7 @@ class Added:
 
     source: str
     records: tuple[EmbeddingAnswer, ...] = ()
-    error: UsageError | None = None
+    error: FarmError | None = None
 
 
 def embeddings(*, everything: bool) -> Flow[list[EmbeddingAnswer]]:
@@ -197,52 +268,86 @@ def embeddings(*, everything: bool) -> Flow[list[EmbeddingAnswer]]:
 def embedding(name: str) -> Flow[EmbeddingAnswer]:
     """Return one."""
     reply = yield from fetch(Call("GET", f"{BASE}/embeddings/{quote(name, safe='')}"))
-    return EmbeddingAnswer.model_validate(json.loads(reply.content)["embedding"])
+    return _checked(EmbeddingAnswer, _field(reply, "embedding"), reply.status)
 
 
 def add_embedding(source: str | Path, name: str | None, kind: str | None, *, allow_word: bool) -> Flow[EmbeddingAnswer]:
-    """Have the farm take in a file from here, or what lies at an address or on Civitai.
+    """Have the farm take in the one embedding of a file from here, or of an address or Civitai.
 
     Raises:
-        UnreadableFile: there is no such file here.
+        UsageError: it is refused; says why.
+        InvalidField: there are several; `add_all` takes them.
     """
-    if isinstance(source, str) and source.startswith(("https://", "http://", "civitai:")):
-        values = {"source": source, "name": name, "kind": kind, "allow_word": allow_word}
-        given = {key: value for key, value in values.items() if value is not None}
-        reply = yield from fetch(Call("POST", f"{BASE}/embeddings/import", json=given))
-    else:
-        path = Path(source)
-        if not path.is_file():
-            raise UnreadableFile(
-                str(path), "is no file; give one embedding's file, an https address or civitai:VERSION"
-            )
-        form = {"allow_word": "true" if allow_word else "false"}
-        form |= {"name": name} if name else {}
-        form |= {"kind": kind} if kind else {}
-        reply = yield from fetch(Call("POST", f"{BASE}/embeddings", file=(path.name, path.read_bytes()), form=form))
-    taken = [item for row in json.loads(reply.content)["items"] for item in row["embeddings"]]
-    return EmbeddingAnswer.model_validate(taken[0])
+    found = yield from add_all(source, name, kind, allow_word=allow_word)
+    error = next((added.error for added in found if added.error is not None), None)
+    if error is not None:
+        raise error
+    records = [record for added in found for record in added.records]
+    if len(records) != 1:
+        raise InvalidField("source", f"{source} holds {len(records)} embeddings; use add_all")
+    return records[0]
 
 
 def add_all(source: str | Path, name: str | None, kind: str | None, *, allow_word: bool) -> Flow[list[Added]]:
-    """Take in a file, what lies at an address, or every file of a folder; one that is refused stops none of the others."""
-    folder = Path(source)
-    paths = sorted(path for path in folder.iterdir() if path.is_file()) if folder.is_dir() else [source]
-    found = []
-    for path in paths:
-        try:
-            record = yield from add_embedding(path, name, kind, allow_word=allow_word)
-            found.append(Added(str(path), (record,)))
-        except UsageError as error:
-            found.append(Added(str(path), error=error))
+    """Take in a file, what lies at an address, or every embedding of a folder and those below; one that is refused stops none.
+
+    Raises:
+        InvalidField: a folder is given a name.
+    """
+    if isinstance(source, str) and source.startswith(ADDRESSES):
+        values = {"source": source, "name": name, "kind": kind, "allow_word": allow_word}
+        given = {key: value for key, value in values.items() if value is not None}
+        return (yield from _added(source, Call("POST", f"{BASE}/embeddings/import", json=given, timeout_s=LONG_S)))
+    if Path(source).is_dir() and name is not None:
+        raise InvalidField("name", "goes with one file, not with a folder")
+    found: list[Added] = []
+    for path in embedding_paths(Path(source)) if Path(source).is_dir() else [Path(source)]:
+        form = {"allow_word": "true" if allow_word else "false"}
+        form |= {"name": name} if name else {}
+        form |= {"kind": kind} if kind else {}
+        call = Call(
+            "POST", f"{BASE}/embeddings", source=path, file_name=path.name, form=form, is_safe=True, timeout_s=LONG_S
+        )
+        found += yield from _added(str(path), call)
     return found
+
+
+def _added(source: str, call: Call) -> Flow[list[Added]]:
+    """Send a file or an address; return what became of it."""
+    try:
+        if call.source is not None:
+            _refuse_size(call.source)
+        reply = yield from fetch(call)
+    except UsageError as error:
+        return [Added(source, error=error)]
+    found = []
+    for row in _field(reply, "items"):
+        problem = row.get("error")
+        refusal = None if problem is None else error_of(problem, int(problem.get("status") or 422))
+        records = tuple(_listed(EmbeddingAnswer, row.get("embeddings") or [], reply.status))
+        found.append(Added(str(row.get("source") or source), records, refusal))
+    return found
+
+
+def _refuse_size(path: Path) -> None:
+    """Refuse what is no embedding by its size, before it is read.
+
+    Raises:
+        UnreadableFile: it is no file, or too large.
+    """
+    if not path.is_file():
+        raise UnreadableFile(
+            str(path), "is no file; give an embedding's file, a folder, an https address or civitai:VERSION"
+        )
+    if path.stat().st_size > MOST_UPLOAD:
+        raise UnreadableFile(str(path), f"has over {MOST_UPLOAD // 2**20} MiB, so it is no embedding")
 
 
 def alias(name: str, other: str, *, allow_word: bool) -> Flow[EmbeddingAnswer]:
     """Give an embedding a second name."""
     path = f"{BASE}/embeddings/{quote(name, safe='')}/alias"
-    reply = yield from fetch(Call("POST", path, json={"alias": other, "allow_word": allow_word}))
-    return EmbeddingAnswer.model_validate_json(reply.content)
+    reply = yield from fetch(Call("POST", path, json={"alias": other, "allow_word": allow_word}, is_safe=True))
+    return _checked(EmbeddingAnswer, _values(reply), reply.status)
 
 
 def remove_embedding(name: str, *, force: bool) -> Flow[None]:
@@ -266,12 +371,13 @@ def workers() -> Flow[list[WorkerStatus]]:
 def aside() -> Flow[dict[str, str]]:
     """Return the workers that are set aside, each with its story."""
     reply = yield from fetch(Call("GET", f"{BASE}/workers"))
-    return dict(json.loads(reply.content)["aside"])
+    return dict(_field(reply, "aside"))
 
 
 def steer_worker(station: str, what: str) -> Flow[None]:
     """Drain, undrain or release a worker."""
-    yield from fetch(Call("POST", f"{BASE}/workers/{quote(station, safe='')}/{what}"))
+    safe = what != "release"  # the second finds nobody set aside
+    yield from fetch(Call("POST", f"{BASE}/workers/{quote(station, safe='')}/{what}", is_safe=safe))
 
 
 def limits(owner: str | None) -> Flow[Limits]:
@@ -279,10 +385,10 @@ def limits(owner: str | None) -> Flow[Limits]:
     return (yield from get(Limits, f"/limits/{_owner(owner)}"))
 
 
-def usage(owner: str) -> Flow[dict[str, int]]:
+def usage(owner: str | None) -> Flow[dict[str, int]]:
     """Return what an owner has."""
     reply = yield from fetch(Call("GET", f"{BASE}/limits/{_owner(owner)}/usage"))
-    return dict(json.loads(reply.content))
+    return {name: int(value) for name, value in _values(reply).items()}
 
 
 def set_limits(owner: str | None, values: Limits) -> Flow[None]:
@@ -291,10 +397,12 @@ def set_limits(owner: str | None, values: Limits) -> Flow[None]:
 
 
 def _owner(owner: str | None) -> str:
-    return EVERYBODY if not owner else quote(owner, safe="")
+    if owner == "":
+        raise InvalidField("owner", "is missing; a farm over HTTP has no owner without a name")
+    return EVERYBODY if owner is None else quote(owner, safe="")
 
 
 def whoami() -> Flow[str]:
     """Return in whose name we act."""
     reply = yield from fetch(Call("GET", f"{BASE}/whoami"))
-    return str(json.loads(reply.content)["owner"])
+    return str(_field(reply, "owner"))

@@ -8,12 +8,14 @@ from __future__ import annotations
 
 import asyncio
 import random
+import sys
 import time
 from collections.abc import Generator, Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
-from latentfarm_shared.errors import FarmError
+from latentfarm_shared.errors import FarmError, UnreadableFile
 
 T = TypeVar("T")
 
@@ -26,17 +28,40 @@ AGAIN = frozenset({UNREACHABLE, 429, 502, 503, 504})
 
 @dataclass(frozen=True)
 class Call:
-    """A request; `path` begins behind the farm's address. `is_safe` says that it may be sent twice."""
+    """A request; `path` begins behind the farm's address.
+
+    `source` is a file whose bytes are sent, under `file_name` in a form if that is given. `is_safe` says that it may be
+    sent twice; `timeout_s` is longer than usual where the farm has much to do.
+    """
 
     method: str
     path: str
     query: Mapping[str, str | int | bool | None] = field(default_factory=dict)
     json: Any = None
-    content: bytes | None = None
-    file: tuple[str, bytes] | None = None
+    source: Path | None = None
+    file_name: str | None = None
     form: Mapping[str, str] = field(default_factory=dict)
     headers: Mapping[str, str] = field(default_factory=dict)
-    is_safe: bool = True
+    is_safe: bool = False
+    timeout_s: float | None = None
+
+    @property
+    def may_repeat(self) -> bool:
+        """Tell whether sending it twice is the same as once."""
+        return self.is_safe or self.method in ("GET", "PUT")
+
+    def data(self) -> bytes:
+        """Return what is sent: of `-` standard input.
+
+        Raises:
+            UnreadableFile: it cannot be read.
+        """
+        if self.source is None:
+            return b""
+        try:
+            return sys.stdin.buffer.read() if str(self.source) == "-" else self.source.read_bytes()
+        except OSError as error:
+            raise UnreadableFile(str(self.source), f"cannot be read ({error.strerror})") from error
 
 
 @dataclass(frozen=True)
@@ -63,16 +88,16 @@ Flow = Generator[Step, Reply | None, T]
 class Sends(Protocol):
     """Sends calls and waits in this thread."""
 
-    def send(self, call: Call) -> Reply:
-        """Send a call and return its answer."""
+    def send(self, call: Call, data: bytes) -> Reply:
+        """Send a call with a file's bytes and return its answer."""
         ...
 
 
 class SendsAsync(Protocol):
     """Sends calls from an event loop."""
 
-    async def send(self, call: Call) -> Reply:
-        """Send a call and return its answer."""
+    async def send(self, call: Call, data: bytes) -> Reply:
+        """Send a call with a file's bytes and return its answer."""
         ...
 
 
@@ -86,7 +111,7 @@ def run(flow: Flow[T], sends: Sends) -> T:
             return done.value  # type: ignore[no-any-return]
         reply = None
         if isinstance(step, Call):
-            reply = sends.send(step)
+            reply = sends.send(step, step.data())
         else:
             time.sleep(step.seconds)
 
@@ -101,7 +126,8 @@ async def run_async(flow: Flow[T], sends: SendsAsync) -> T:
             return done.value  # type: ignore[no-any-return]
         reply = None
         if isinstance(step, Call):
-            reply = await sends.send(step)
+            data = b"" if step.source is None else await asyncio.to_thread(step.data)
+            reply = await sends.send(step, data)
         else:
             await asyncio.sleep(step.seconds)
 
@@ -114,19 +140,19 @@ def asked(call: Call) -> Flow[Reply]:
     for attempt in range(1, TRIES + 1):
         reply = yield call
         assert reply is not None  # noqa: S101 - a call is always answered
-        wait = _pause(reply, attempt)
-        if wait is None or attempt == TRIES or not (call.is_safe or reply.status == 429):
+        wait = pause_after(reply, attempt)
+        if wait is None or attempt == TRIES or not (call.may_repeat or reply.status == 429):
             return reply
         yield Pause(wait)
     raise AssertionError("unreachable")  # pragma: no cover
 
 
-def _pause(reply: Reply, attempt: int) -> float | None:
+def pause_after(reply: Reply, attempt: int) -> float | None:
     """Return after how many seconds to try again; None if that would not help, or not soon."""
     if reply.status not in AGAIN:
         return None
     told = reply.headers.get("retry-after", "")
-    if told.isdecimal():
+    if told.isdecimal() and float(told) > 0:
         return float(told) if float(told) <= LONGEST_RETRY_AFTER_S else None
     pause = min(LONGEST_PAUSE_S, FIRST_PAUSE_S * 2.0 ** (attempt - 1))
     return pause * random.uniform(0.5, 1.0)  # so that many clients do not come back at once

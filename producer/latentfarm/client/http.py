@@ -4,11 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from typing import Any
-from urllib.parse import urlsplit
 
 import httpx2
 from latentfarm_shared import __version__
-from latentfarm_shared.errors import InvalidField
 
 from latentfarm.client.flows import UNREACHABLE, Call, Reply
 
@@ -16,26 +14,10 @@ TIMEOUT_S = 60.0
 CONNECTIONS = 32
 
 
-def checked(url: str) -> str:
-    """Return a farm's address without what does not belong to it.
-
-    Raises:
-        InvalidField: it is none.
-    """
-    try:
-        parts = urlsplit(url)
-        port_is_right = parts.port is None or parts.port > 0
-    except ValueError:
-        port_is_right = False
-    if not port_is_right or parts.scheme not in ("http", "https") or not parts.hostname or parts.username:
-        raise InvalidField("url", f"should be a farm's address, such as https://farm.example.com, got {url[:200]!r}")
-    return f"{parts.scheme}://{parts.netloc}{parts.path.rstrip('/')}"
-
-
 def _options(url: str, api_key: str | None, timeout_s: float) -> dict[str, Any]:
     headers = {"user-agent": f"latentfarm/{__version__}"} | ({"authorization": f"Bearer {api_key}"} if api_key else {})
     return {
-        "base_url": checked(url),
+        "base_url": url,
         "headers": headers,
         "timeout": timeout_s,
         "limits": httpx2.Limits(max_connections=CONNECTIONS, max_keepalive_connections=CONNECTIONS),
@@ -43,14 +25,16 @@ def _options(url: str, api_key: str | None, timeout_s: float) -> dict[str, Any]:
     }
 
 
-def _arguments(call: Call) -> dict[str, Any]:
+def _arguments(call: Call, data: bytes) -> dict[str, Any]:
     found: dict[str, Any] = {"params": _query(call.query), "headers": dict(call.headers)}
+    if call.timeout_s is not None:
+        found["timeout"] = call.timeout_s
     if call.json is not None:
         found["json"] = call.json
-    if call.content is not None:
-        found["content"] = call.content
-    if call.file is not None:
-        found |= {"files": {"file": call.file}, "data": dict(call.form)}
+    if call.file_name is not None:
+        found |= {"files": {"file": (call.file_name, data)}, "data": dict(call.form)}
+    elif call.source is not None:
+        found["content"] = data
     return found
 
 
@@ -75,10 +59,10 @@ class Http:
         """Connect lazily."""
         self._client = httpx2.Client(**_options(url, api_key, timeout_s))
 
-    def send(self, call: Call) -> Reply:
+    def send(self, call: Call, data: bytes) -> Reply:
         """Send a call and return its answer; one of status 0 if there was none."""
         try:
-            return _reply(self._client.request(call.method, call.path, **_arguments(call)))
+            return _reply(self._client.request(call.method, call.path, **_arguments(call, data)))
         except httpx2.HTTPError as error:
             return _none(error, self._client.base_url)
 
@@ -94,10 +78,10 @@ class AsyncHttp:
         """Connect lazily."""
         self._client = httpx2.AsyncClient(**_options(url, api_key, timeout_s))
 
-    async def send(self, call: Call) -> Reply:
+    async def send(self, call: Call, data: bytes) -> Reply:
         """Send a call and return its answer; one of status 0 if there was none."""
         try:
-            return _reply(await self._client.request(call.method, call.path, **_arguments(call)))
+            return _reply(await self._client.request(call.method, call.path, **_arguments(call, data)))
         except httpx2.HTTPError as error:
             return _none(error, self._client.base_url)
 

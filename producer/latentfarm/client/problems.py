@@ -3,37 +3,73 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from functools import cache
 from typing import Any
 
-from latentfarm_shared.errors import Busy, FarmError, InvalidField, NotAllowed, Unavailable, UnknownName
+from latentfarm_shared.errors import (
+    Busy,
+    FarmError,
+    InvalidField,
+    NotAllowed,
+    Unavailable,
+    UnknownName,
+    UsageError,
+)
 
 from latentfarm.client.flows import UNREACHABLE, Reply
 from latentfarm.jobfiles import InvalidRows, RowError
 
-AT_LEAST = 400
+GOOD = (range(200, 300), range(304, 305))
 
 
-def refuse_problem(reply: Reply, address: str = "the farm") -> None:
+def no_farm(status: int, hint: str = "") -> Unavailable:
+    """Return the error that something answers which is no farm."""
+    return Unavailable("farm", f"the address answered {status}, not as a farm does", hint or "is the address right?")
+
+
+def refuse_problem(reply: Reply) -> None:
     """Raise what an answer tells, if that is an error.
 
     Raises:
-        FarmError: of the class whose `code` the problem carries, with its text, `field`, `line`, `suggestions`.
-        Unavailable: nobody answered, or something that is no farm.
+        FarmError: of the class whose `code` the problem carries, made of the same values where the farm tells them.
+        Unavailable: nobody answered, or something that is no farm; a redirection is told, not followed.
     """
     if reply.error is not None:
         raise reply.error
     if reply.status == UNREACHABLE:
         raise Unavailable("farm", reply.content.decode(errors="replace"), "is it running, and is the address right?")
-    if reply.status < AT_LEAST:
+    if any(reply.status in good for good in GOOD):
         return
+    elsewhere = reply.headers.get("location", "")
+    if reply.status < 400:
+        raise no_farm(reply.status, f"it leads to {elsewhere[:200]}" if elsewhere else "")
     try:
-        problem = json.loads(reply.content)
-        code, title = str(problem["code"]), str(problem["title"])
+        problem = dict(json.loads(reply.content))
+        error = error_of(problem, reply.status)
     except (ValueError, KeyError, TypeError):
-        raise Unavailable("farm", f"{address} answered {reply.status}, not as a farm does") from None
-    raise _error(_class_of(code, reply.status), title, problem)
+        raise no_farm(reply.status) from None
+    raise error
+
+
+def error_of(problem: Mapping[str, Any], status: int) -> FarmError:
+    """Return the error that a problem tells.
+
+    Raises:
+        KeyError: it is no problem of a farm.
+    """
+    code, title = str(problem["code"]), str(problem["title"])
+    kind = _class_of(code, status)
+    details = [tuple(value) if isinstance(value, list) else value for value in problem.get("details") or ()]
+    if details:
+        try:
+            error = kind(*details)
+        except TypeError:
+            pass  # a farm of another version, which makes it of other values
+        else:
+            if str(error) == title:
+                return error
+    return _told(kind, title, dict(problem))
 
 
 def _class_of(code: str, status: int) -> type[FarmError]:
@@ -42,7 +78,7 @@ def _class_of(code: str, status: int) -> type[FarmError]:
         return known
     if status >= 500:
         return Unavailable
-    return NotAllowed if status in (401, 403) else FarmError
+    return NotAllowed if status in (401, 403) else UsageError
 
 
 @cache
@@ -61,12 +97,11 @@ def _kinds(root: type[FarmError]) -> Iterator[type[FarmError]]:
 
 
 class _Told(FarmError):
-    """An error that was told in words, by a farm."""
+    """An error that was told in words alone; what its kind has beside them is as far as the problem says."""
 
     def __init__(self, title: str, problem: dict[str, Any]) -> None:
         Exception.__init__(self, title, problem)
         self.title, self.problem = title, problem
-        self.request_id: str | None = problem.get("request_id")
         if isinstance(self, InvalidField):
             self.field, self.line = problem.get("field") or "", problem.get("line")
             self.reason = title.removeprefix(f"{self.field}: ")
@@ -77,6 +112,9 @@ class _Told(FarmError):
             self.name = title.partition("called '")[2].partition("'")[0]
         elif isinstance(self, Busy):
             self.retry_after_s = int(problem.get("retry_after") or 1)
+            self.reason, self.service, self.advice = title, "farm", ""
+        elif isinstance(self, Unavailable):
+            self.reason, self.service, self.advice = title, "farm", ""
         elif isinstance(self, NotAllowed):
             self.reason, self.is_known = title, problem.get("status") != 401
 
@@ -85,19 +123,20 @@ class _Told(FarmError):
 
     def __reduce__(self) -> tuple[Any, ...]:
         kind = next(base for base in type(self).__mro__[1:] if base is not _Told)
-        return _error, (kind, self.title, self.problem)
+        return _told, (kind, self.title, self.problem)
 
 
-def _row(row: dict[str, Any]) -> RowError:
+def _row(row: Mapping[str, Any]) -> RowError:
     return RowError("", int(row["line"]), int(row["column"]), str(row["field"]), str(row["reason"]))
 
 
-_told_kinds: dict[type[FarmError], type[_Told]] = {}
+_told_kinds: dict[tuple[type[FarmError], str], type[_Told]] = {}
 
 
-def _error(kind: type[FarmError], title: str, problem: dict[str, Any]) -> FarmError:
+def _told(kind: type[FarmError], title: str, problem: dict[str, Any]) -> FarmError:
     """Return an error of a kind that was told in words; what catches the kind catches it."""
-    if kind not in _told_kinds:
-        body = {"__doc__": kind.__doc__, "__module__": kind.__module__}
-        _told_kinds[kind] = type(kind.__name__, (_Told, kind), body)
-    return _told_kinds[kind](title, problem)
+    code = str(problem["code"])
+    if (kind, code) not in _told_kinds:
+        body = {"__doc__": kind.__doc__, "__module__": kind.__module__, "code": code}
+        _told_kinds[kind, code] = type(kind.__name__, (_Told, kind), body)
+    return _told_kinds[kind, code](title, problem)

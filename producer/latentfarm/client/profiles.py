@@ -9,6 +9,7 @@ import json
 import os
 from collections.abc import Mapping
 from pathlib import Path
+from urllib.parse import urlsplit
 
 import platformdirs
 from latentfarm_shared.errors import BadSettings, InvalidField, UnknownName
@@ -87,15 +88,35 @@ def profile_set(environ: Mapping[str, str] | None = None) -> Profile | None:
 
 
 def address_of(url: str | None, api_key: str | None) -> tuple[str, str | None]:
-    """Return the address and key that are meant; what is given goes before what is set.
+    """Return the address and key that are meant; what is given goes before what is set. An empty key is none.
+
+    A key that is set is for the address that is set, and for no other.
 
     Raises:
         InvalidField: no address is given, or set.
     """
-    if url is not None:
-        own = os.environ.get(KEY) if os.environ.get(URL, url) == url else None  # another farm's key is not for this one
-        return url, api_key or own or None
     found = profile_set()
-    if found is None:
+    if url is None and found is None:
         raise InvalidField("url", f"is missing; pass a farm's address, set {URL} or run 'latentfarm login'")
-    return found.url, api_key or found.api_key
+    if url is None and found is not None:
+        return found.url, found.api_key if api_key is None else api_key or None
+    address = checked(url or "")
+    if api_key is None and found is not None and checked(found.url) == address:
+        return address, found.api_key
+    return address, api_key or None
+
+
+def checked(url: str) -> str:
+    """Return a farm's address without what does not belong to it.
+
+    Raises:
+        InvalidField: it is none.
+    """
+    try:
+        parts = urlsplit(url)
+        port_is_right = parts.port is None or parts.port > 0
+    except ValueError:
+        port_is_right = False
+    if not port_is_right or parts.scheme not in ("http", "https") or not parts.hostname or parts.username:
+        raise InvalidField("url", f"should be a farm's address, such as https://farm.example.com, got {url[:200]!r}")
+    return f"{parts.scheme}://{parts.netloc}{parts.path.rstrip('/')}"

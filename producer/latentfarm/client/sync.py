@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Literal, Self, TypeVar
+from typing import TYPE_CHECKING, Any, Literal, Self, TypeVar
 
 from latentfarm_shared.ledger import ImageState, JobEvent, JobStatus, Limits, WorkerStatus
 from latentfarm_shared.specs import JobSpec
@@ -19,11 +19,13 @@ from latentfarm.client.flows import Flow, Sends, run
 from latentfarm.client.http import TIMEOUT_S, Http
 from latentfarm.client.profiles import address_of
 from latentfarm.comparison import comparison
-from latentfarm.farm import DirectFarm
 from latentfarm.pictures import Picture, Pictures, download, job_html
 from latentfarm.planning import Plan
 from latentfarm.views import CheckpointAnswer, EmbeddingAnswer, ImageAnswer
 from latentfarm.waiting import Cause
+
+if TYPE_CHECKING:
+    from latentfarm.farm import DirectFarm
 
 T = TypeVar("T")
 
@@ -265,7 +267,7 @@ class Farm(Generates[Job]):
         """Connect lazily to the farm at an address.
 
         Without one, to that of LATENTFARM_API_URL and LATENTFARM_API_KEY, or of 'latentfarm login'. `timeout_s` is that of
-        one call. `sends` sends calls some other way, as `latentfarm.testing` does.
+        one try of a call, of which there may be a few. `sends` sends calls some other way, as `latentfarm.testing` does.
 
         Raises:
             InvalidField: no address is given, or set; or it is none.
@@ -283,6 +285,8 @@ class Farm(Generates[Job]):
             NoFarm, Unavailable: none is there, or it does not let us in.
             BadSettings: a variable is malformed.
         """
+        from latentfarm.farm import DirectFarm  # noqa: PLC0415 - which brings clients of Redis and S3
+
         return DirectFarm.from_env(data, environ)
 
     def _run(self, flow: Flow[T]) -> T:
@@ -373,8 +377,8 @@ class Farm(Generates[Job]):
         """Return what an owner may have; None is everybody who has no limits of their own."""
         return self._run(calls.limits(owner))
 
-    def usage(self, owner: str) -> dict[str, int]:
-        """Return how many images of an owner are `running` and `queued`."""
+    def usage(self, owner: str | None) -> dict[str, int]:
+        """Return how many images of an owner, or of those without a name, are `running` and `queued`."""
         return self._run(calls.usage(owner))
 
     def set_limits(self, owner: str | None, limits: Limits) -> None:

@@ -560,11 +560,11 @@ class Ledger:
             return [None if found is None else int(found) for found in pipe.execute()]
 
     def stamps(self, jobs: Sequence[str]) -> list[Stamp | None]:
-        """Return what changes whenever a job's status does, None for jobs that are not there."""
+        """Return what changes whenever a job's status or an image's state does, None for jobs that are not there."""
         with translated(), self.redis.pipeline(transaction=False) as pipe:
             for job in jobs:
                 pipe.hmget(f"lf:job:{job}", STAMP_FIELDS)
-            return [None if found[0] is None else tuple(found) for found in pipe.execute()]
+            return [tuple(found) if any(value is not None for value in found) else None for found in pipe.execute()]
 
     def jobs(self, limit: int = 50, owner: str | None = None) -> list[JobStatus]:
         """Return the newest jobs first, of one owner if given."""

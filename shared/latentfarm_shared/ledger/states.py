@@ -27,8 +27,8 @@ STATUS_FIELDS = (
     "state", "reason", "total", "running", "succeeded", "failed", "canceled", "expired", "starts", "version", "created",
     "finished", "owner", "lane", "priority", "paused", "gated", "progress", "parts",
 )  # fmt: skip
-STAMP_FIELDS = ("version", "progress", "paused", "gated")
-"""Those that change with the status: what moves nothing else is no event."""
+STAMP_FIELDS = (*STATUS_FIELDS, "number", "marks")
+"""What a status and images' states are made of; `number` tells a job from one that had its id and was deleted."""
 Stamp = tuple[bytes | None, ...]
 FINAL: frozenset[str] = frozenset({"succeeded", "failed", "canceled", "expired"})
 

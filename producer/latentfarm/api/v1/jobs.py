@@ -8,7 +8,7 @@ import secrets
 import tempfile
 from collections.abc import AsyncIterator
 from dataclasses import dataclass
-from functools import lru_cache, partial
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -390,13 +390,13 @@ async def _stream(watch: Watch, follows: Followed) -> AsyncIterator[bytes]:
             yield STILL_HERE
         else:
             state = news.status.state
-            yield _encoded(news)
+            news.encoded = news.encoded or _encoded(news)
+            yield news.encoded
     yield format_sse_event(event="end", data_str=json.dumps({"state": state}))
 
 
-@lru_cache(256)
 def _encoded(news: News) -> bytes:
-    """Return news as they are sent, made once for all who follow a job."""
+    """Return news as they are sent."""
     parts = []
     if news.events and news.events[0].version > news.after + 1:
         gap = {"from": news.after + 1, "to": news.events[0].version - 1}

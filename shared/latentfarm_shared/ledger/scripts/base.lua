@@ -8,6 +8,7 @@
 --                                    parts (hashes, comma between), s:<hash> start, c:<hash> cursor and e:<hash> end
 --                                    of each part
 --                                    gate (positions handed out before a person approves), handed, starts
+--                                    marks (how often an image changed its state)
 --                                    paused, gated (why nothing is handed out), closed (canceled or expired)
 --                                    scan, scan_stop, scan_bytes, scan_zero, k:<hash>: a retry under way
 -- lf:job:<id>:states         string  one byte an image: 0 untouched, r running, s succeeded, f failed, c canceled, e expired
@@ -81,6 +82,7 @@ local function count(job, field, by) redis.call('HINCRBY', key_of(job), field, b
 -- Write an image's byte; if it has a line in the manifest, or had one, its segment is behind.
 local function mark(job, position, byte, has_line)
   redis.call('SETRANGE', key_of(job) .. ':states', position, byte)
+  redis.call('HINCRBY', key_of(job), 'marks', 1)
   if has_line then
     redis.call('ZADD', key_of(job) .. ':touched', redis.call('INCR', 'lf:touches'), math.floor(position / SEGMENT))
     redis.call('ZADD', 'lf:dirty', 'NX', now(), job)
