@@ -184,7 +184,7 @@ def _device(farm: DirectFarm) -> Iterator[Finding]:
 def _api(farm: DirectFarm) -> Iterator[Finding]:
     if not ApiKeys(farm.ledger).are_needed():
         yield ok("API", "no keys: it answers this machine alone")
-    elif farm.settings.secret_key is None and not (farm.settings.data / "secret-key").exists():
+    elif farm.settings.secret_key is None:
         yield warning("API", "there are keys, but webhooks cannot be signed", "set LATENTFARM_SECRET_KEY")
     else:
         yield ok("API", "callers need keys")

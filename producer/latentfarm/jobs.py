@@ -134,6 +134,15 @@ class FarmImage(Picture):
         self.require()
         return self.store.get(self.key)
 
+    def link(self, expires_in: int = 300) -> str:
+        """Return an address of the picture that whoever has it can read for so many seconds, 3600 at most.
+
+        Raises:
+            ImageNotReady: there is no picture.
+        """
+        self.require()
+        return self.store.link(self.key, expires_in)
+
     def summary(self) -> dict[str, object]:
         """Return what the command line prints as JSON."""
         return {

@@ -46,6 +46,10 @@ class Picture(ABC):
     def png(self) -> bytes:
         """Return the picture's bytes."""
 
+    @abstractmethod
+    def link(self, expires_in: int = 300) -> str:
+        """Return an address of the picture that whoever has it can read for so many seconds."""
+
     @property
     def file_name(self) -> str:
         """What it is called in a folder of its job's pictures."""

@@ -339,6 +339,11 @@ class Memory:
             raise ImageNotReady(job_id, number, job.states[number], reason)
         return Reply(200, job.pictures[number])
 
+    @_route("GET", r"/jobs/([^/]+)/images/(\d+)/link")
+    def _get_link(self, call: _Asked, job_id: str, index: str) -> Reply:
+        self._get_png(call, job_id, index)
+        return _json({"url": f"memory://{job_id}/{index}", "expires_in": call.query["expires_in"]})
+
     @_route("GET", "/jobs/([^/]+)/history")
     def _get_history(self, call: _Asked, job_id: str) -> Reply:
         after, limit = int(call.query.get("after") or 0), int(call.query.get("limit") or 1000)

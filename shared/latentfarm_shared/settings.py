@@ -21,7 +21,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 from latentfarm_shared.embeddings.refusals import Caps
 from latentfarm_shared.errors import BadSettings, NoFarm, nearest
 
-FARM_FILE = "farm.json"
+FARM_FILE, SECRET_FILE = "farm.json", "secret-key"
 
 
 class FarmFile(BaseModel):
@@ -254,7 +254,7 @@ class Settings(BaseModel):
                 "log_format": env.LATENTFARM_LOG_FORMAT,
                 "api_host": env.LATENTFARM_API_HOST,
                 "api_port": env.LATENTFARM_API_PORT,
-                "secret_key": env.LATENTFARM_SECRET_KEY,
+                "secret_key": env.LATENTFARM_SECRET_KEY or _kept_secret(env, farm, folder),
                 "api_origins": tuple(filter(None, env.LATENTFARM_API_ORIGINS.split(","))),
                 **_services(env, farm),
             }
@@ -281,6 +281,17 @@ def _services(env: _Environment, farm: FarmFile | None) -> dict[str, str | None]
     else:
         left = {}
     return open_ | left | {name: value for name, value in given.items() if value} | keys
+
+
+def _kept_secret(env: _Environment, farm: FarmFile | None, folder: Path) -> str | None:
+    """Return the key that a farm started here made for itself, for it and no other."""
+    path = folder / SECRET_FILE
+    if env.LATENTFARM_JOIN or farm is None or env.LATENTFARM_REDIS_URL not in (None, farm.redis_url):
+        return None
+    try:
+        return path.read_text(encoding="utf-8").strip() or None
+    except OSError:  # there is none, or it is somebody else's
+        return None
 
 
 def data_folder(given: Path | None, from_environment: Path | None = None) -> Path:

@@ -65,6 +65,7 @@ def test_job_is_generated_and_waited_for(sdk: Any) -> None:
     assert PilImage.open(io.BytesIO(images[1].png())).size == (128, 128)
     assert images[1].pil().size == (128, 128)
     assert [image.index for image in job.iter_images(1, 2)] == [1]
+    assert "://" in images[0].link(60)
     assert [event.version for event in job.events()] == list(range(1, status.version + 1))
     assert job.events(status.version) == []
     assert sdk.job(job.id[:9]).id == job.id

@@ -13,6 +13,7 @@ import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any, ClassVar
+from urllib.request import urlopen
 
 import pytest
 from PIL import Image
@@ -202,6 +203,26 @@ def test_watching_moves_in_a_terminal(terminal: Terminal) -> None:
     assert "images/s" in text
     assert "8/8" in text
     assert "succeeded" in text
+
+
+def test_webhooks_are_kept_and_links_are_read(farm: Up) -> None:
+    hook = farm.json("webhooks", "add", "https://example.com/hook", "--event", "job.completed")
+    assert [row["id"] for row in farm.json("webhooks", "ls")] == [hook["id"]]
+    assert farm.json("webhooks", "deliveries", hook["id"]) == []
+    secret = farm.run("webhooks", "secret").stdout
+    assert secret.startswith("whsec_")
+    assert farm.run("webhooks", "secret", "--rotate").stdout != secret
+    assert "no webhook" in farm.run("webhooks", "redeliver", "wh_x", "x", expect=2).stderr
+    assert "events" in farm.run("webhooks", "add", "https://example.com", "--event", "job.done", expect=2).stderr
+    farm.run("webhooks", "rm", hook["id"])
+    assert farm.json("webhooks", "ls") == []
+
+    job = farm.run("generate", "a red circle", "--steps", "1").stdout.strip()
+    address = farm.run("jobs", "link", job, "0").stdout.strip()
+    with urlopen(address) as answer:  # noqa: S310 - of this farm
+        assert answer.read().startswith(b"\x89PNG")
+    assert "no image" in farm.run("jobs", "link", job, "7", expect=2).stderr
+    assert {"samplers", "schedules", "upscalers"} == set(farm.json("samplers"))
 
 
 def test_shell_completes_names(terminal: Terminal) -> None:

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 from fastapi.testclient import TestClient
 from latentfarm.api import create_app
+from latentfarm.api.webhooks.hooks import HookRequest, Hooks
 from latentfarm.farm import DirectFarm
 from latentfarm.keys import ApiKeys
 from latentfarm_demo import CHECKPOINT, EMBEDDINGS
@@ -294,8 +295,12 @@ def test_key_may_have_so_many_images_and_requests(farm: DirectFarm, keyed: TestC
 def test_owner_never_sees_or_stops_anothers_work(farm: DirectFarm, keyed: TestClient) -> None:
     """Every route that names a job, an image, a file, a batch or a task is tried on somebody else's."""
     keys = ApiKeys(farm.ledger)
-    alice, bob = (bearer(keys.create(owner)[1]) for owner in ("alice", "bob"))
+    key, word = keys.create("alice")
+    alice, bob = bearer(word), bearer(keys.create("bob")[1])
     secret = f"secret{secrets.token_hex(6)}"
+    keeping = farm.seen_by("alice")
+    keeping.settings = farm.settings.model_copy(update={"secret_key": "a long random text"})
+    hook = Hooks(keeping).create("alice", HookRequest(url=f"https://example.com/{secret}"))
     body = {"prompt": f"a girl, {secret}", "width": 128, "height": 128}
     job = keyed.post("/api/v1/jobs", json={"prompt": f"a girl, {secret}", "count": 2}, headers=alice).json()
     task = keyed.post("/agent-scheduler/v1/queue/txt2img", json=body, headers=alice).json()["task_id"]
@@ -304,7 +309,11 @@ def test_owner_never_sees_or_stops_anothers_work(farm: DirectFarm, keyed: TestCl
     ).json()["id"]
     begun = {"input_file_id": file, "endpoint": "/v1/images/generations"}
     batch = keyed.post("/v1/batches", json=begun, headers=alice).json()["id"]
-    named = {"{job}": job["id"], "{index}": "0", "{file_id}": file, "{batch_id}": batch, "{task}": task}
+    own = Hooks(keeping).create("alice", HookRequest(url=f"https://example.com/{secret}"), job["id"])
+    named = {
+        "{job}": job["id"], "{index}": "0", "{file_id}": file, "{batch_id}": batch, "{task}": task, "{webhook}": hook.id,
+        "{delivery}": "x", "{key}": key.id, "{owner}": "alice", "{station}": "w",
+    }  # fmt: skip
     tried = []
     for path, item in keyed.get("/openapi.json").json()["paths"].items():
         filled = path
@@ -315,26 +324,31 @@ def test_owner_never_sees_or_stops_anothers_work(farm: DirectFarm, keyed: TestCl
         for method in item:
             sent: dict[str, object] = {"priority": 3} if path.endswith("priority") else {}
             answer = keyed.request(method, filled, headers=bob, json=sent if method == "post" else None)
-            refused = answer.status_code == 404 or (answer.is_success and answer.json()["success"] is False)
+            refused = answer.status_code in {403, 404} or (answer.is_success and answer.json()["success"] is False)
             assert refused, (path, method, answer.status_code)
             assert secret not in answer.text
             tried.append((method, path))
+    for path in ("", f"/{own.id}", f"/{own.id}/deliveries"):
+        answer = keyed.get(f"/api/v1/webhooks{path}", params={"job": job["id"]}, headers=bob)
+        assert (answer.status_code, secret in answer.text) == (404, False), path
+        assert keyed.get(f"/api/v1/webhooks{path}", params={"job": job["id"]}, headers=alice).status_code == 200, path
     taken = keyed.post("/api/v1/jobs", json={"prompt": "b", "id": job["id"]}, headers=bob)
     keyed.post("/sdapi/v1/interrupt", headers=bob)
     keyed.post("/agent-scheduler/v1/queue/clear", headers=bob)
 
-    assert len(tried) >= 25
+    assert len(tried) >= 35
     assert (taken.status_code, secret in taken.text) == (409, False)
     assert keyed.post("/v1/batches", json=begun, headers=bob).status_code == 404
     for path in (
         "/api/v1/jobs", "/v1/files", "/v1/batches", "/sdapi/v1/progress", "/internal/pending-tasks",
-        "/agent-scheduler/v1/queue", "/agent-scheduler/v1/history", "/sdapi/v1/options",
+        "/agent-scheduler/v1/queue", "/agent-scheduler/v1/history", "/sdapi/v1/options", "/api/v1/webhooks",
     ):  # fmt: skip
         found = keyed.get(path, headers=bob)
         assert found.status_code == 200, path
-        assert not {secret, job["id"], task, file, batch} & set(re.findall(r"[\w-]+", found.text)), path
+        assert not {secret, job["id"], task, file, batch, hook.id} & set(re.findall(r"[\w-]+", found.text)), path
     assert keyed.get(job["urls"]["self"], headers=alice).json() == job
     assert keyed.get("/internal/pending-tasks", headers=alice).json()["size"] == 1
+    farm.ledger.redis.delete(*farm.ledger.redis.keys("lf:hook*"))
 
 
 def test_embeddings_of_others_are_unknown(farm: DirectFarm, keyed: TestClient) -> None:

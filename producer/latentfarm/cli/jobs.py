@@ -283,6 +283,22 @@ def images(
         _show(found, most=len(rows))
 
 
+@app.command("link")
+def link(
+    job: JobId,
+    index: Annotated[int, typer.Argument(min=0, help="Which image of the job, from 0.")] = 0,
+    expires_in: Annotated[int, typer.Option("--expires-in", min=1, max=3600, help="Seconds.")] = 300,
+    data: Data = None,
+) -> None:
+    """Print an address of a picture that whoever has it can read for a while."""
+    from latentfarm_shared.errors import UnknownName  # noqa: PLC0415
+
+    found = next(iter(reach(data).job(job).iter_images(index, index + 1)), None)
+    if found is None:
+        raise UnknownName("image", f"{job}/{index}")
+    typer.echo(found.link(expires_in))
+
+
 @app.command("watch")
 def watch_jobs(
     job: Annotated[

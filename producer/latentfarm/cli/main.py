@@ -12,7 +12,7 @@ import typer
 from latentfarm_shared import __version__
 from latentfarm_shared.errors import FarmError
 
-from latentfarm.cli import embeddings, jobs, keys, local, login, models, workers
+from latentfarm.cli import embeddings, jobs, keys, local, login, models, webhooks, workers
 from latentfarm.cli.reach import name_farm
 
 app = typer.Typer(
@@ -32,6 +32,7 @@ app.command()(jobs.params)
 app.command()(local.worker)
 app.command()(local.serve)
 app.command()(local.doctor)
+app.command()(models.samplers)
 app.command()(login.login)
 app.command()(login.logout)
 app.add_typer(jobs.app, name="jobs", help="List, watch and download jobs.")
@@ -40,6 +41,7 @@ app.add_typer(models.app, name="models", help="Add and list checkpoints.")
 app.add_typer(workers.app, name="workers", help="List, drain and release workers.")
 app.add_typer(keys.app, name="keys", help="Make, list and revoke API keys.")
 app.add_typer(workers.limits_app, name="limits", help="What owners may have.")
+app.add_typer(webhooks.app, name="webhooks", help="Addresses that are told what happens.")
 app.add_typer(login.app, name="profiles", help="Farms that you are logged in to.")
 
 

@@ -62,6 +62,22 @@ def show_model(
     show([_model(record) | {"files": [file.path for file in record.files]}], as_json=as_json, single=True)
 
 
+def samplers(as_json: Json = False) -> None:
+    """List samplers with the names they also go by, schedules and upscalers; needs no farm."""
+    from latentfarm_shared.names import LATENT_UPSCALERS, PLAIN_UPSCALERS, SAMPLERS, SCHEDULES, TRAITS  # noqa: PLC0415
+
+    rows = [
+        {"name": TRAITS[n].name, "aliases": list(TRAITS[n].aliases), "schedule": TRAITS[n].schedule} for n in SAMPLERS
+    ]
+    others = {"schedules": list(SCHEDULES), "upscalers": [*LATENT_UPSCALERS, *PLAIN_UPSCALERS]}
+    if as_json:
+        show([{"samplers": rows} | others], as_json=True, single=True)
+        return
+    show(rows, as_json=False)
+    for kind, names in others.items():
+        typer.echo(f"{kind}: {', '.join(names)}")
+
+
 def _model(record: CheckpointRecord) -> dict[str, Any]:
     return {
         "name": record.name,

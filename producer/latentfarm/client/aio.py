@@ -89,6 +89,14 @@ class AsyncImage:
         await asyncio.to_thread(write_whole, path, data)
         return path
 
+    async def link(self, expires_in: int = 300) -> str:
+        """Return an address of the picture that whoever has it can read for so many seconds, 3600 at most.
+
+        Raises:
+            ImageNotReady: there is no picture.
+        """
+        return await run_async(calls.link(self.job, self.index, expires_in), self.sends)
+
     def summary(self) -> dict[str, object]:
         """Return what the command line prints as JSON."""
         row = self.told.model_dump(exclude={"id"})

@@ -248,6 +248,12 @@ def png(job: str, index: int) -> Flow[bytes]:
     return reply.content
 
 
+def link(job: str, index: int, expires_in: int) -> Flow[str]:
+    """Return an address that expires."""
+    reply = yield from fetch(Call("GET", f"{BASE}/jobs/{job}/images/{index}/link", {"expires_in": expires_in}))
+    return str(_field(reply, "url"))
+
+
 # ---- embeddings and checkpoints
 
 

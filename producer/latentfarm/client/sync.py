@@ -73,6 +73,14 @@ class Image(Picture):
         """
         return run(calls.png(self.job, self.index), self.sends)
 
+    def link(self, expires_in: int = 300) -> str:
+        """Return an address of the picture that whoever has it can read for so many seconds, 3600 at most.
+
+        Raises:
+            ImageNotReady: there is no picture.
+        """
+        return run(calls.link(self.job, self.index, expires_in), self.sends)
+
     def summary(self) -> dict[str, object]:
         """Return what the command line prints as JSON."""
         row = self.told.model_dump(exclude={"id"})

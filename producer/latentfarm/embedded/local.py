@@ -17,7 +17,7 @@ from typing import IO, Self
 from urllib.parse import urlsplit
 
 from latentfarm_shared.errors import MissingExtra, NoFarm, NotAllowed, Unavailable
-from latentfarm_shared.settings import FarmFile, Settings
+from latentfarm_shared.settings import SECRET_FILE, FarmFile, Settings
 
 from latentfarm.embedded.processes import Child, free_ports, start
 from latentfarm.embedded.servers import start_s3, start_valkey, write_private
@@ -165,7 +165,7 @@ class LocalFarm:
 
     def _secret_key(self) -> str:
         """Return what webhook secrets are encrypted with, kept in the data folder."""
-        path = self.data / "secret-key"
+        path = self.data / SECRET_FILE
         if not path.exists():
             write_private(path, secrets.token_urlsafe(32))
         return path.read_text().strip()
