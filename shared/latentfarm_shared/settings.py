@@ -146,6 +146,8 @@ class _Environment(BaseModel):
 VARIABLES = tuple(_Environment.model_fields)
 CLIENT_VARIABLES = ("LATENTFARM_API_URL", "LATENTFARM_API_KEY", "LATENTFARM_CONFIG")
 """Those that clients over HTTP read, and no process of the farm."""
+FOR_PRODUCERS = ("LATENTFARM_CIVITAI_TOKEN", "LATENTFARM_SECRET_KEY")
+"""Secrets of those who take embeddings in and send webhooks; workers and servers are started without them."""
 
 
 class Settings(BaseModel):
@@ -307,6 +309,11 @@ def _caps(env: _Environment) -> Caps:
         memory_mb=env.LATENTFARM_INTAKE_MEMORY_MB,
         seconds=env.LATENTFARM_INTAKE_S,
     )
+
+
+def without_secrets_of_producers(environ: Mapping[str, str] = os.environ) -> dict[str, str]:
+    """Return an environment for a worker or a server."""
+    return {name: value for name, value in environ.items() if name not in FOR_PRODUCERS}
 
 
 def environment_caps(environ: Mapping[str, str] = os.environ) -> Caps:

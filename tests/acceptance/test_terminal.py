@@ -15,10 +15,11 @@ from pathlib import Path
 from typing import Any, ClassVar
 from urllib.request import urlopen
 
+import psutil
 import pytest
 from PIL import Image
 
-from tests.acceptance.conftest import LATENTFARM, Up, clean_environment
+from tests.acceptance.conftest import LATENTFARM, Up, clean_environment, start_up
 
 pytestmark = pytest.mark.acceptance
 
@@ -223,6 +224,21 @@ def test_webhooks_are_kept_and_links_are_read(farm: Up) -> None:
         assert answer.read().startswith(b"\x89PNG")
     assert "no image" in farm.run("jobs", "link", job, "7", expect=2).stderr
     assert {"samplers", "schedules", "upscalers"} == set(farm.json("samplers"))
+
+
+def test_workers_and_servers_are_started_without_producers_secrets(tmp_path: Path) -> None:
+    secrets = {"LATENTFARM_CIVITAI_TOKEN": "civ_secret", "LATENTFARM_SECRET_KEY": "a long random text"}
+    up = start_up(tmp_path / "farm", "--workers", "1", "--engine", "simulated", environ=secrets)
+    try:
+        have = {}
+        for process in psutil.Process(up.process.pid).children(recursive=True):
+            command = " ".join(process.cmdline())
+            have[command] = {name for name in secrets if name in process.environ()}
+        assert any("latentfarm_worker" in command for command in have)
+        assert {bool(found) for command, found in have.items() if " serve " in command} == {True}
+        assert not [command for command, found in have.items() if found and " serve " not in command]
+    finally:
+        assert up.stop() == 0
 
 
 def test_shell_completes_names(terminal: Terminal) -> None:

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import argparse
-import os
 import sys
 from pathlib import Path
 
 from latentfarm_shared.errors import FarmError
 from latentfarm_shared.logs import configure_logs
-from latentfarm_shared.settings import Settings
+from latentfarm_shared.settings import Settings, without_secrets_of_producers
 
 from latentfarm_worker.supervisor import Supervisor, supervise
 
@@ -29,7 +28,7 @@ def main() -> int:
         devices = list(filter(None, arguments.devices.split(","))) or [settings.device]
         supervisors = []
         for device in devices * arguments.workers:
-            environ = os.environ | {"LATENTFARM_DEVICE": device}
+            environ = without_secrets_of_producers() | {"LATENTFARM_DEVICE": device}
             its = Settings.load(arguments.data, environ)
             supervisors.append(Supervisor(its, models, arguments.data, environ=environ))
         return supervise(supervisors)

@@ -197,6 +197,7 @@ def worker(  # noqa: PLR0917 - typer turns each into an option
         latentfarm worker --engine simulated --image-seconds 1.0 --jitter 0.2 --workers 32
     """
     from latentfarm_shared.errors import MissingExtra  # noqa: PLC0415
+    from latentfarm_shared.settings import without_secrets_of_producers  # noqa: PLC0415 - keeps --help fast
 
     if engine != "simulated" and (find_spec("torch") is None or find_spec("diffusers") is None):
         raise MissingExtra("worker", "a worker")
@@ -212,7 +213,7 @@ def worker(  # noqa: PLR0917 - typer turns each into an option
     }
     environ = {name: value for name, value in chosen.items() if value}
     environ |= _worker_environment(engine, image_seconds, jitter, slots)
-    os.execve(sys.executable, command, os.environ | environ)
+    os.execve(sys.executable, command, without_secrets_of_producers() | environ)
 
 
 def _token(join: str, *, insecure: bool) -> str:

@@ -17,7 +17,7 @@ from typing import IO, Self
 from urllib.parse import urlsplit
 
 from latentfarm_shared.errors import MissingExtra, NoFarm, NotAllowed, Unavailable
-from latentfarm_shared.settings import SECRET_FILE, FarmFile, Settings
+from latentfarm_shared.settings import SECRET_FILE, FarmFile, Settings, without_secrets_of_producers
 
 from latentfarm.embedded.processes import Child, free_ports, start
 from latentfarm.embedded.servers import start_s3, start_valkey, write_private
@@ -212,7 +212,7 @@ class LocalFarm:
         command = [sys.executable, "-m", "latentfarm_worker", "--data", str(self.data)]
         command += ["--workers", str(self._worker_count)] if self._is_simulated else []
         threads = {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // self._worker_count))}
-        environ = self._own_environment() | threads | self._environ
+        environ = without_secrets_of_producers(self._own_environment()) | threads | self._environ
         return start(f"worker-{number}", command, self.data / "logs", environ)
 
     def await_workers(self, is_stopped: Callable[[], bool] = lambda: False) -> None:

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from latentfarm_shared.errors import Unavailable
+from latentfarm_shared.settings import without_secrets_of_producers
 
 LEASH = Path(__file__).with_name("leash.py")
 
@@ -66,7 +67,7 @@ def start(name: str, command: Sequence[str], logs: Path, environ: dict[str, str]
             stdin=subprocess.DEVNULL,
             stdout=log,
             stderr=log,
-            env=environ,
+            env=without_secrets_of_producers() if environ is None else environ,
             start_new_session=True,
         )
     return Child(name, process, log_path)
