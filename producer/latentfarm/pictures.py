@@ -26,6 +26,11 @@ AT_ONCE = 8
 PART, OLD_S = ".part", 3600.0
 
 
+def file_name(index: int, seed: int) -> str:
+    """Return what a picture is called in a folder of its job's."""
+    return f"{index:05d}-{seed}.png"
+
+
 class Picture(ABC):
     """An image of a job that can be had as a PNG."""
 
@@ -53,7 +58,7 @@ class Picture(ABC):
     @property
     def file_name(self) -> str:
         """What it is called in a folder of its job's pictures."""
-        return f"{self.index:05d}-{self.seed}.png"
+        return file_name(self.index, self.seed)
 
     def pil(self) -> Image.Image:
         """Return the picture as Pillow has it, RGB."""

@@ -210,7 +210,7 @@ class NoFarm(Unavailable):
         self.where = where
 
     def __str__(self) -> str:
-        return f"no farm is running {self.where}; start one with 'latentfarm up', or set LATENTFARM_REDIS_URL"
+        return f"no farm is running {self.where}; start one with 'latentfarm up', log in to one with 'latentfarm login', or set LATENTFARM_REDIS_URL"
 
 
 class Busy(Unavailable):

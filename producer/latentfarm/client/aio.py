@@ -10,13 +10,14 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Literal, Self, TypeVar
 
-from latentfarm_shared.ledger import ImageState, JobEvent, JobStatus, Limits, WorkerStatus
+from latentfarm_shared.ledger import JobEvent, JobStatus, Limits, WorkerStatus
 from latentfarm_shared.specs import JobSpec
 from PIL import Image as PilImage
 
 from latentfarm.asking import Generates
 from latentfarm.bars import told
 from latentfarm.client import calls
+from latentfarm.client.described import Described
 from latentfarm.client.flows import Call, Flow, Reply, SendsAsync, run_async
 from latentfarm.client.http import TIMEOUT_S, AsyncHttp
 from latentfarm.client.profiles import address_of
@@ -24,51 +25,17 @@ from latentfarm.client.sync import Image
 from latentfarm.comparison import Grid, thumbnail
 from latentfarm.pictures import AT_ONCE, is_saved, remove_parts, write_whole
 from latentfarm.planning import Plan
-from latentfarm.views import CheckpointAnswer, EmbeddingAnswer, ImageAnswer
+from latentfarm.views import CheckpointAnswer, EmbeddingAnswer
 from latentfarm.waiting import Cause
 
 T = TypeVar("T")
 
 
 @dataclass(frozen=True)
-class AsyncImage:
-    """One image of a job, at the moment it was asked for; its attributes are those of `Image`."""
+class AsyncImage(Described):
+    """One image of a job, at the moment it was asked for."""
 
     sends: SendsAsync
-    job: str
-    index: int
-    state: ImageState
-    told: ImageAnswer
-
-    @property
-    def seed(self) -> int:
-        """The image's own seed."""
-        return self.told.seed
-
-    @property
-    def point(self) -> dict[str, Any]:
-        """Where it lies on the job's axes; empty if it has none."""
-        return self.told.point
-
-    @property
-    def parameters(self) -> str:
-        """The infotext, as written into the picture."""
-        return self.told.parameters
-
-    @property
-    def embeddings(self) -> list[dict[str, Any]]:
-        """The embeddings applied to it, and in which prompts."""
-        return self.told.embeddings
-
-    @property
-    def error(self) -> dict[str, str] | None:
-        """`code`, `message` and `worker`, if it failed."""
-        return self.told.error
-
-    @property
-    def file_name(self) -> str:
-        """What it is called in a folder of its job's pictures."""
-        return f"{self.index:05d}-{self.seed}.png"
 
     async def png(self) -> bytes:
         """Return the picture's bytes.
@@ -96,11 +63,6 @@ class AsyncImage:
             ImageNotReady: there is no picture.
         """
         return await run_async(calls.link(self.job, self.index, expires_in), self.sends)
-
-    def summary(self) -> dict[str, object]:
-        """Return what the command line prints as JSON."""
-        row = self.told.model_dump(exclude={"id"})
-        return {key: value for key, value in row.items() if key not in ("point", "error") or value}
 
 
 class AsyncJob:
@@ -192,7 +154,7 @@ class AsyncJob:
         while at is not None:
             page, at = await self._run(calls.image_page(self.id, at, stop))
             for answer in page:
-                yield AsyncImage(self._sends, self.id, answer.index, answer.state, answer)
+                yield AsyncImage(self.id, answer.index, answer.state, answer, self._sends)
 
     async def compare(self, x: str, y: str | None = None) -> PilImage.Image:
         """Return a grid of the job's pictures, `x` varying across and `y` down, each value written beside it.
@@ -204,7 +166,7 @@ class AsyncJob:
         """
         grid = Grid(x, y)
         async for image in self.iter_images():
-            grid.add(Image(_Nobody(), self.id, image.index, image.state, image.told))
+            grid.add(Image(self.id, image.index, image.state, image.told, _Nobody()))
         thumbnails = {}
         for place, shown in grid.wanted().items():
             png = await run_async(calls.png(self.id, shown.index), self._sends)

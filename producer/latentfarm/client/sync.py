@@ -8,20 +8,21 @@ from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Literal, Self, TypeVar
 
-from latentfarm_shared.ledger import ImageState, JobEvent, JobStatus, Limits, WorkerStatus
+from latentfarm_shared.ledger import JobEvent, JobStatus, Limits, WorkerStatus
 from latentfarm_shared.specs import JobSpec
 from PIL import Image as PilImage
 
 from latentfarm.asking import Generates
 from latentfarm.bars import told
 from latentfarm.client import calls
+from latentfarm.client.described import Described
 from latentfarm.client.flows import Flow, Sends, run
 from latentfarm.client.http import TIMEOUT_S, Http
 from latentfarm.client.profiles import address_of
 from latentfarm.comparison import comparison
 from latentfarm.pictures import Picture, Pictures, download, job_html
 from latentfarm.planning import Plan
-from latentfarm.views import CheckpointAnswer, EmbeddingAnswer, ImageAnswer
+from latentfarm.views import CheckpointAnswer, EmbeddingAnswer
 from latentfarm.waiting import Cause
 
 if TYPE_CHECKING:
@@ -31,39 +32,10 @@ T = TypeVar("T")
 
 
 @dataclass(frozen=True)
-class Image(Picture):
+class Image(Described, Picture):
     """One image of a job, at the moment it was asked for."""
 
     sends: Sends
-    job: str
-    index: int
-    state: ImageState
-    told: ImageAnswer
-
-    @property
-    def seed(self) -> int:
-        """The image's own seed."""
-        return self.told.seed
-
-    @property
-    def point(self) -> dict[str, Any]:
-        """Where it lies on the job's axes; empty if it has none."""
-        return self.told.point
-
-    @property
-    def parameters(self) -> str:
-        """The infotext, as written into the picture."""
-        return self.told.parameters
-
-    @property
-    def embeddings(self) -> list[dict[str, Any]]:
-        """The embeddings applied to it, and in which prompts."""
-        return self.told.embeddings
-
-    @property
-    def error(self) -> dict[str, str] | None:
-        """`code`, `message` and `worker`, if it failed."""
-        return self.told.error
 
     def png(self) -> bytes:
         """Return the picture's bytes.
@@ -80,11 +52,6 @@ class Image(Picture):
             ImageNotReady: there is no picture.
         """
         return run(calls.link(self.job, self.index, expires_in), self.sends)
-
-    def summary(self) -> dict[str, object]:
-        """Return what the command line prints as JSON."""
-        row = self.told.model_dump(exclude={"id"})
-        return {key: value for key, value in row.items() if key not in ("point", "error") or value}
 
 
 class Job:
@@ -173,7 +140,7 @@ class Job:
         while at is not None:
             page, at = self._run(calls.image_page(self.id, at, stop))
             for answer in page:
-                yield Image(self._sends, self.id, answer.index, answer.state, answer)
+                yield Image(self.id, answer.index, answer.state, answer, self._sends)
 
     def download(self, folder: str | Path, on_saved: Callable[[Path], None] | None = None) -> list[Path]:
         """Save every finished image as `<index>-<seed>.png`, several at a time; return the files.
