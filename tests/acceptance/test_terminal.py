@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import pty
+import re
 import select
 import signal
 import subprocess
@@ -15,6 +16,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 from urllib.request import urlopen
 
+import httpx2
 import psutil
 import pytest
 from PIL import Image
@@ -223,6 +225,11 @@ def test_webhooks_are_kept_and_links_are_read(farm: Up) -> None:
     with urlopen(address) as answer:  # noqa: S310 - of this farm
         assert answer.read().startswith(b"\x89PNG")
     assert "no image" in farm.run("jobs", "link", job, "7", expect=2).stderr
+    over_http = httpx2.get(f"{farm.ready['api_url']}/api/v1/jobs/{job}/images/0/link").json()["url"]
+    signatures = {re.search(r"Signature=(\w+)", url)[1] for url in (address, over_http)}  # type: ignore[index]
+    logs = "".join(path.read_text(errors="replace") for path in (farm.data / "logs").glob("*.log"))
+    assert logs
+    assert not [found for found in (*signatures, secret.strip()) if found in logs]
     assert {"samplers", "schedules", "upscalers"} == set(farm.json("samplers"))
 
 
