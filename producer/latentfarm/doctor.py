@@ -15,6 +15,7 @@ from latentfarm_shared import __version__
 from latentfarm_shared.errors import FarmError
 from latentfarm_shared.ledger.ledger import translated
 from latentfarm_shared.registry import blob_key
+from latentfarm_shared.settings import secret_key_of
 from latentfarm_shared.storage import ObjectConflict
 from pydantic import BaseModel, ConfigDict
 
@@ -184,7 +185,7 @@ def _device(farm: DirectFarm) -> Iterator[Finding]:
 def _api(farm: DirectFarm) -> Iterator[Finding]:
     if not ApiKeys(farm.ledger).are_needed():
         yield ok("API", "no keys: it answers this machine alone")
-    elif farm.settings.secret_key is None:
+    elif secret_key_of(farm.settings) is None:
         yield warning("API", "there are keys, but webhooks cannot be signed", "set LATENTFARM_SECRET_KEY")
     else:
         yield ok("API", "callers need keys")

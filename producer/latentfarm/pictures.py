@@ -6,6 +6,7 @@ import base64
 import html
 import io
 import os
+import re
 import threading
 import time
 from abc import ABC, abstractmethod
@@ -15,6 +16,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import TypeVar
 
+from latentfarm_shared.infotext import read_infotext
 from latentfarm_shared.ledger import ImageState
 from latentfarm_shared.png import png_texts
 from PIL import Image
@@ -24,6 +26,9 @@ from latentfarm.contact_sheet import contact_sheet
 SHOWN, ACROSS = 24, 4
 AT_ONCE = 8
 PART, OLD_S = ".part", 3600.0
+HEAD = 2**18  # texts stand before the picture
+OF_WRITERS = ("Version", "TI hashes", "Model")
+_OURS = re.compile(r"\.\d{5,}-\d+\.png\.\d+-\d+\.part")
 
 
 def file_name(index: int, seed: int) -> str:
@@ -118,18 +123,28 @@ def write_whole(path: Path, data: bytes) -> None:
 def remove_parts(folder: Path) -> None:
     """Remove what downloads left that were killed, an hour ago or longer."""
     for part in folder.glob(f".*{PART}"):
-        with suppress(FileNotFoundError):
-            if time.time() - part.stat().st_mtime > OLD_S:
+        with suppress(OSError):
+            if _OURS.fullmatch(part.name) and part.is_file() and time.time() - part.stat().st_mtime > OLD_S:
                 part.unlink()
 
 
 def is_saved(path: Path, parameters: str) -> bool:
-    """Tell whether a file is the picture of these parameters: another job's of the same name and seed is not."""
+    """Tell whether a file is the picture of these parameters: another job's of the same name and seed is not.
+
+    What wrote the text, and what else its job had, do not matter.
+    """
     try:
-        texts = dict(png_texts(path.read_bytes()))
+        with path.open("rb") as file:
+            text = dict(png_texts(file.read(HEAD))).get("parameters")
     except OSError:
         return False
-    return texts.get("parameters") == parameters.encode()
+    return text is not None and _told(text.decode(errors="replace")) == _told(parameters)
+
+
+def _told(parameters: str) -> tuple[str, str, dict[str, str]]:
+    found = read_infotext(parameters)
+    fields = {name: str(value) for name, value in found.fields.items() if name not in OF_WRITERS}
+    return found.prompt, found.negative_prompt, fields
 
 
 def download(

@@ -371,14 +371,16 @@ class Memory:
         job, given = self._job(job_id), call.json or {}
         if order == "retry":
             self._retry(job, missing=bool(given.get("missing")))
-        elif order == "cancel":
-            job.states = ["canceled" if state in OPEN else state for state in job.states]
-            job.note("canceled")
         elif order == "priority":
             if not -100 <= given["priority"] <= 100:
                 raise InvalidField("priority", f"should be -100 to 100, got {given['priority']}")
             job.priority = given["priority"]
             job.note(f"priority {job.priority}")
+        elif "queued" not in job.states or (order in ("pause", "resume") and job.paused == (order == "pause")):
+            pass  # nothing changes
+        elif order == "cancel":
+            job.states = ["canceled" if state in OPEN else state for state in job.states]
+            job.note("canceled")
         else:
             job.paused = order == "pause"
             job.note("paused" if job.paused else "resumed")

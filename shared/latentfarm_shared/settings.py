@@ -256,7 +256,7 @@ class Settings(BaseModel):
                 "log_format": env.LATENTFARM_LOG_FORMAT,
                 "api_host": env.LATENTFARM_API_HOST,
                 "api_port": env.LATENTFARM_API_PORT,
-                "secret_key": env.LATENTFARM_SECRET_KEY or _kept_secret(env, farm, folder),
+                "secret_key": env.LATENTFARM_SECRET_KEY,
                 "api_origins": tuple(filter(None, env.LATENTFARM_API_ORIGINS.split(","))),
                 **_services(env, farm),
             }
@@ -285,13 +285,15 @@ def _services(env: _Environment, farm: FarmFile | None) -> dict[str, str | None]
     return open_ | left | {name: value for name, value in given.items() if value} | keys
 
 
-def _kept_secret(env: _Environment, farm: FarmFile | None, folder: Path) -> str | None:
-    """Return the key that a farm started here made for itself, for it and no other."""
-    path = folder / SECRET_FILE
-    if env.LATENTFARM_JOIN or farm is None or env.LATENTFARM_REDIS_URL not in (None, farm.redis_url):
+def secret_key_of(settings: Settings) -> str | None:
+    """Return what webhook secrets are encrypted with: as it is set, or as the farm started in the data folder keeps it."""
+    if settings.secret_key is not None:
+        return settings.secret_key
+    farm = FarmFile.read(settings.data)
+    if farm is None or farm.redis_url != settings.redis_url:
         return None
     try:
-        return path.read_text(encoding="utf-8").strip() or None
+        return (settings.data / SECRET_FILE).read_text(encoding="utf-8").strip() or None
     except OSError:  # there is none, or it is somebody else's
         return None
 

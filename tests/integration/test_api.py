@@ -332,6 +332,11 @@ def test_owner_never_sees_or_stops_anothers_work(farm: DirectFarm, keyed: TestCl
         answer = keyed.get(f"/api/v1/webhooks{path}", params={"job": job["id"]}, headers=bob)
         assert (answer.status_code, secret in answer.text) == (404, False), path
         assert keyed.get(f"/api/v1/webhooks{path}", params={"job": job["id"]}, headers=alice).status_code == 200, path
+    again = keyed.post("/api/v1/jobs", json={"prompt": "b"}, headers=bob).json()["id"]
+    Hooks(keeping).create(
+        "alice", HookRequest(url=f"https://example.com/{secret}"), again
+    )  # of a job of hers, deleted since
+    assert keyed.get("/api/v1/webhooks", params={"job": again}, headers=bob).json() == {"items": []}
     taken = keyed.post("/api/v1/jobs", json={"prompt": "b", "id": job["id"]}, headers=bob)
     keyed.post("/sdapi/v1/interrupt", headers=bob)
     keyed.post("/agent-scheduler/v1/queue/clear", headers=bob)

@@ -187,6 +187,26 @@ def test_whoever_reads_slowly_holds_nobody_else_up(farm: DirectFarm, job: Job) -
     assert asyncio.run(ask()) == b"[]"
 
 
+def test_what_a_bug_is_answered_with_is_sent(farm: DirectFarm, job: Job) -> None:
+    async def broken(scope: Any, receive: Any, send: Any) -> None:
+        await send({"type": "http.response.start", "status": 500, "headers": []})
+        await send({"type": "http.response.body", "body": b"told"})
+        raise ZeroDivisionError
+
+    sent: list[MutableMapping[str, Any]] = []
+
+    async def send(message: MutableMapping[str, Any]) -> None:
+        sent.append(message)
+
+    scope = {
+        "type": "http", "method": "GET", "path": f"/api/v1/jobs/{job.id}", "query_string": b"", "headers": [],
+        "state": {"caller": SimpleNamespace(id="anybody")},
+    }  # fmt: skip
+    with pytest.raises(ZeroDivisionError):
+        asyncio.run(Polls(broken, farm.ledger)(scope, nothing, send))
+    assert [message.get("status", message.get("body")) for message in sent] == [500, b"told"]
+
+
 def test_answers_are_for_the_headers_they_were_asked_with(farm: DirectFarm, job: Job) -> None:
     async def ask() -> list[bytes]:
         polls = Polls(answering, farm.ledger)

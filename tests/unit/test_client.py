@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import io
 import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from latentfarm.api.problems import problem_of
@@ -13,6 +15,7 @@ from latentfarm.client.flows import Call, Flow, Reply, asked, run
 from latentfarm.client.problems import refuse_problem
 from latentfarm.client.profiles import Profile, Profiles, address_of, profiles_file, read_profiles, write_profiles
 from latentfarm.jobs import WaitTimeout
+from latentfarm.testing import MemoryFarm
 from latentfarm_shared.errors import (
     AlreadyTaken,
     BadSettings,
@@ -125,6 +128,34 @@ def test_source_of_which_every_file_is_refused_says_why() -> None:
         run(calls.add_embedding("civitai:1", None, None, allow_word=False), Script(reply))
 
 
+def test_standard_input_is_read_once_however_often_it_is_sent(monkeypatch: pytest.MonkeyPatch) -> None:
+    sent: list[bytes] = []
+
+    class Away(Script):
+        def send(self, call: Call, data: bytes) -> Reply:
+            sent.append(data)
+            return super().send(call, data)
+
+    monkeypatch.setattr("sys.stdin", SimpleNamespace(buffer=io.BytesIO(b'{"prompt": "a"}')))
+    status = MemoryFarm().generate("a").status().model_dump(mode="json")
+    done = Reply(202, json.dumps({"jobs": [status]}).encode())
+    assert run(calls.submit_file(Path("-"), anew=False, defaults={}), Away(Reply(503), done)) == [status["id"]]
+    assert sent == [b'{"prompt": "a"}'] * 2
+
+
+def test_one_file_that_cannot_be_read_stops_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("a.pt", "b.pt", "deep/a.pt"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_bytes(b"x")
+    read = Path.read_bytes
+    monkeypatch.setattr(Path, "read_bytes", lambda path: read(path) if path.name != "a.pt" else read(Path("/nowhere")))
+    found = run(calls.add_all(tmp_path, None, None, allow_word=False), Script(Reply(201, b'{"items": []}')))
+    assert ["cannot be read" in str(found[0].error), "name of another file" in str(found[1].error)] == [True, True]
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(InvalidField, match="no embeddings"):
+        run(calls.add_all(tmp_path / "empty", None, None, allow_word=False), Script())
+
+
 def test_submission_that_is_sent_again_has_the_same_id() -> None:
     script = Script(Reply(0, b"gone"), Reply(202, b'{"id": "abc"}'))
     assert run(calls.submit(JobSpec.check({"prompt": "a girl"})), script) == "abc"
@@ -192,6 +223,20 @@ def test_pages_of_something_else_are_no_answers(flow: Callable[[], Flow[object]]
         run(flow(), Script(reply))
 
 
+@pytest.mark.parametrize("details", [[{"a": 1}, "x"], [["a"], "x"], [5], "x", {"x": 1}, ["too", "many", 1, 2, 3, 4]])
+def test_details_that_mean_nothing_here_leave_the_words(details: object) -> None:
+    problem = {"title": "steps: is too much", "code": "INVALID_FIELD", "field": "steps", "details": details}
+    with pytest.raises(InvalidField, match="is too much"):
+        refuse_problem(Reply(422, json.dumps(problem).encode()))
+
+
+@pytest.mark.parametrize("items", [5, [5], [{"error": {"x": 1}}], [{"error": 5}], [{"embeddings": 3}]])
+def test_nonsense_about_files_is_no_answer(items: object) -> None:
+    reply = Reply(201, json.dumps({"items": items}).encode())
+    with pytest.raises(Unavailable, match="not as a farm does"):
+        run(calls.add_embedding("civitai:1", None, None, allow_word=False), Script(reply))
+
+
 @pytest.mark.parametrize("content", [b"<html>bad gateway</html>", b"", b"[]", b'{"title": 3}'])
 def test_answer_of_something_that_is_no_farm_says_so(content: bytes) -> None:
     with pytest.raises(Unavailable, match="not as a farm does"):
@@ -222,6 +267,10 @@ def test_key_of_one_farm_is_not_sent_to_another(monkeypatch: pytest.MonkeyPatch,
     assert address_of("https://one", "") == ("https://one", None)
     assert address_of("https://other", None) == ("https://other", None)
     assert address_of(None, None) == ("https://one", "lf_mine")
+    monkeypatch.setenv("LATENTFARM_API_URL", "farm.example.com")
+    assert address_of("https://other", None) == ("https://other", None)
+    with pytest.raises(InvalidField, match="farm's address"):
+        address_of(None, None)
     monkeypatch.delenv("LATENTFARM_API_URL")
     write_profiles(Profiles(current="a", profiles={"a": Profile(url="https://a", api_key="lf_a")}))
     assert address_of(None, None) == ("https://a", "lf_a")

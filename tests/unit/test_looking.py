@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import base64
 import io
+import os
+from pathlib import Path
 
 import pytest
 from latentfarm.cli.thumbnails import Way, show_thumbnails, thumbnail, way_of
 from latentfarm.cli.watching import Pace, clock, table_of
+from latentfarm.pictures import is_saved, remove_parts
 from latentfarm.testing import MemoryFarm
 from latentfarm_shared.errors import InvalidField, RenderError
 from latentfarm_shared.specs import ImageSpec, JobSpec
@@ -130,6 +133,38 @@ def test_table_tells_pace_and_what_is_left() -> None:
     assert "0:00:15" in text
     assert "0/30" in text
     assert "a [bold]girl" in text
+
+
+def test_orders_that_change_nothing_are_told_of_by_nobody() -> None:
+    job = MemoryFarm().generate("a girl")
+    version = job.wait().version
+    job.cancel()
+    job.pause()
+    assert job.status().version == version
+
+
+def test_saved_pictures_are_known_by_what_decides_them(tmp_path: Path) -> None:
+    farm = MemoryFarm(embeddings=["corneo_dva"])
+    one, other = farm.generate("corneo_dva", seed=1), farm.generate("a dog", seed=1)
+    (path,) = one.download(tmp_path)
+    mine = one.images[0].parameters
+
+    assert is_saved(path, mine)
+    assert is_saved(path, mine.replace("latentfarm 0.", "latentfarm 9."))
+    assert not is_saved(path, other.images[0].parameters)
+    assert not is_saved(path, mine.replace("Steps: 20", "Steps: 21"))
+    assert not is_saved(tmp_path / "none.png", mine)
+
+
+def test_only_old_parts_of_downloads_are_removed(tmp_path: Path) -> None:
+    names = (".00000-1.png.77-88.part", ".movie.iso.part", "x.part", ".00001-1.png.77-88.part")
+    for name in names:
+        (tmp_path / name).write_bytes(b"x")
+        if name != names[-1]:
+            os.utime(tmp_path / name, (1, 1))
+    (tmp_path / ".folder.part").mkdir()
+    remove_parts(tmp_path)
+    assert {path.name for path in tmp_path.iterdir()} == {".movie.iso.part", "x.part", names[-1], ".folder.part"}
 
 
 def test_held_jobs_wait_and_are_drawn_when_told() -> None:

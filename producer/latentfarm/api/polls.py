@@ -103,8 +103,8 @@ class _Collector:
         else:
             self._parts.append(message.get("body", b""))
 
-    def answer(self, stamp: Stamp) -> _Held:
-        return _Held(stamp, self._start, b"".join(self._parts))
+    def answer(self, stamp: Stamp) -> _Held | None:
+        return _Held(stamp, self._start, b"".join(self._parts)) if self._start else None
 
 
 class Polls:
@@ -129,21 +129,25 @@ class Polls:
             await made.wait()  # somebody asked the same a moment ago
         held = self._held.get(key)
         if held is None or held.stamp != stamp:
-            held = await self._make(scope, receive, key, stamp)
-        await held.send(send)
+            await self._make(scope, receive, send, key, stamp)
+        else:
+            await held.send(send)
 
-    async def _make(self, scope: Scope, receive: Receive, key: Key, stamp: Stamp) -> _Held:
-        """Have an answer made, and keep it."""
+    async def _make(self, scope: Scope, receive: Receive, send: Send, key: Key, stamp: Stamp) -> None:
+        """Have an answer made, keep it and send it; what a bug is answered with is sent, too."""
         made = self._making.setdefault((key, stamp), asyncio.Event())
         collector = _Collector()
         try:
             await self._app(scope, receive, collector)
             held = collector.answer(stamp)
-            self._keep(key, held)
+            if held is not None:
+                self._keep(key, held)
         finally:
             self._making.pop((key, stamp), None)
             made.set()
-        return held
+            held = collector.answer(stamp)
+            if held is not None:
+                await held.send(send)
 
     def _keep(self, key: Key, held: _Held) -> None:
         self._held.pop(key, None)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import suppress
 from typing import Any, TypeVar
 
 T = TypeVar("T")
@@ -49,10 +51,16 @@ def _asked(ask: Callable[[Any], Sequence[T]]) -> Sequence[T]:
     from latentfarm.client import flows  # noqa: PLC0415
 
     flows.TRIES = 1  # this process does nothing else
-    try:
-        return ask(reach(None, timeout_s=PATIENCE_S))
-    except Exception:  # noqa: BLE001 - whatever it is
-        return []
+    found: list[Sequence[T]] = []
+
+    def look() -> None:
+        with suppress(Exception):
+            found.append(ask(reach(None, timeout_s=PATIENCE_S)))
+
+    thread = threading.Thread(target=look, daemon=True)  # a farm that is reached directly has other limits of time
+    thread.start()
+    thread.join(2 * PATIENCE_S)
+    return found[0] if found else []
 
 
 def _beginning(incomplete: str, names: Iterable[str]) -> list[str]:

@@ -28,7 +28,6 @@ from latentfarm.waiting import Cause
 M = TypeVar("M", bound=BaseModel)
 
 POLL_S = (0.1, 1.0)
-LONG_S = 600.0  # for what the farm reads or fetches whole
 MOST_UPLOAD = 32 * 2**20
 ADDRESSES = ("https://", "http://", "civitai:")
 PAGE = 500
@@ -103,8 +102,8 @@ def submit(spec: JobSpec, job_id: str | None = None) -> Flow[str]:
 def submit_file(path: Path, *, anew: bool, defaults: Mapping[str, Any]) -> Flow[list[str]]:
     """Submit a file of jobs and return their ids; one that makes new jobs each time is not sent again."""
     query = {"name": _name(path), "anew": anew, **defaults}
-    reply = yield from fetch(Call("POST", f"{BASE}/jobs/files", query, source=path, is_safe=not anew, timeout_s=LONG_S))
-    return [str(job["id"]) for job in _field(reply, "jobs")]
+    reply = yield from fetch(Call("POST", f"{BASE}/jobs/files", query, source=path, is_safe=not anew, is_long=True))
+    return [status.id for status in _listed(JobStatus, _field(reply, "jobs"), reply.status)]
 
 
 def _name(path: Path) -> str:
@@ -119,7 +118,7 @@ def plan(source: JobSpec | Path, defaults: Mapping[str, Any]) -> Flow[Plan]:
         call = Call("POST", f"{BASE}/plan", json=values, is_safe=True)
     else:
         query = {"name": _name(source), **defaults}
-        call = Call("POST", f"{BASE}/plan/files", query, source=source, is_safe=True, timeout_s=LONG_S)
+        call = Call("POST", f"{BASE}/plan/files", query, source=source, is_safe=True, is_long=True)
     reply = yield from fetch(call)
     return _checked(Plan, _values(reply), reply.status)
 
@@ -137,8 +136,8 @@ def statuses(limit: int, state: str | None) -> Flow[list[JobStatus]]:
         query = {"limit": min(PAGE, limit - len(found)), "state": state, "cursor": cursor}
         reply = yield from fetch(Call("GET", f"{BASE}/jobs", query))
         found += _items(JobStatus, reply)
-        cursor = _field(reply, "next")
-        if cursor is None:
+        before, cursor = cursor, _field(reply, "next")
+        if cursor is None or cursor == before:
             break
     return found
 
@@ -177,7 +176,7 @@ def waited(job: str, timeout_s: float | None, tell: Callable[[JobStatus], None])
             "GET",
             f"{BASE}/jobs/{quote(job, safe='')}",
             headers=headers,
-            timeout_s=None if left is None else max(1.0, left),
+            at_most_s=left,
         )
         assert reply is not None  # noqa: S101 - a call is always answered
         again = pause_after(reply, failures + 1)
@@ -232,6 +231,8 @@ def image_page(job: str, start: int, stop: int | None) -> Flow[tuple[list[ImageA
         return [], None
     reply = yield from fetch(Call("GET", f"{BASE}/jobs/{job}/images", {"limit": limit, "cursor": str(start)}))
     following = _field(reply, "next")
+    if following is not None and not (str(following).isdecimal() and int(following) > start):
+        raise no_farm(reply.status)
     end = None if following is None or (stop is not None and int(following) >= stop) else int(following)
     return _items(ImageAnswer, reply), end
 
@@ -303,16 +304,22 @@ def add_all(source: str | Path, name: str | None, kind: str | None, *, allow_wor
     if isinstance(source, str) and source.startswith(ADDRESSES):
         values = {"source": source, "name": name, "kind": kind, "allow_word": allow_word}
         given = {key: value for key, value in values.items() if value is not None}
-        return (yield from _added(source, Call("POST", f"{BASE}/embeddings/import", json=given, timeout_s=LONG_S)))
+        return (yield from _added(source, Call("POST", f"{BASE}/embeddings/import", json=given, is_long=True)))
     if Path(source).is_dir() and name is not None:
         raise InvalidField("name", "goes with one file, not with a folder")
+    paths = embedding_paths(Path(source)) if Path(source).is_dir() else [Path(source)]
+    if not paths:
+        raise InvalidField("source", f"{source} holds no embeddings")
     found: list[Added] = []
-    for path in embedding_paths(Path(source)) if Path(source).is_dir() else [Path(source)]:
+    for number, path in enumerate(paths):
+        if path.stem.lower() in {other.stem.lower() for other in paths[:number]}:
+            found.append(Added(str(path), error=InvalidField("name", f"{path} has the name of another file here")))
+            continue
         form = {"allow_word": "true" if allow_word else "false"}
         form |= {"name": name} if name else {}
         form |= {"kind": kind} if kind else {}
         call = Call(
-            "POST", f"{BASE}/embeddings", source=path, file_name=path.name, form=form, is_safe=True, timeout_s=LONG_S
+            "POST", f"{BASE}/embeddings", source=path, file_name=path.name, form=form, is_safe=True, is_long=True
         )
         found += yield from _added(str(path), call)
     return found
@@ -327,11 +334,14 @@ def _added(source: str, call: Call) -> Flow[list[Added]]:
     except UsageError as error:
         return [Added(source, error=error)]
     found = []
-    for row in _field(reply, "items"):
-        problem = row.get("error")
-        refusal = None if problem is None else error_of(problem, int(problem.get("status") or 422))
-        records = tuple(_listed(EmbeddingAnswer, row.get("embeddings") or [], reply.status))
-        found.append(Added(str(row.get("source") or source), records, refusal))
+    try:
+        for row in _field(reply, "items"):
+            problem = row.get("error")
+            refusal = None if problem is None else error_of(problem, int(problem.get("status") or 422))
+            records = tuple(_listed(EmbeddingAnswer, row.get("embeddings") or [], reply.status))
+            found.append(Added(str(row.get("source") or source), records, refusal))
+    except (AttributeError, KeyError, TypeError, ValueError):
+        raise no_farm(reply.status) from None
     return found
 
 
@@ -394,7 +404,7 @@ def limits(owner: str | None) -> Flow[Limits]:
 def usage(owner: str | None) -> Flow[dict[str, int]]:
     """Return what an owner has."""
     reply = yield from fetch(Call("GET", f"{BASE}/limits/{_owner(owner)}/usage"))
-    return {name: int(value) for name, value in _values(reply).items()}
+    return {name: int(_field(reply, name)) for name in ("running", "queued")}
 
 
 def set_limits(owner: str | None, values: Limits) -> Flow[None]:

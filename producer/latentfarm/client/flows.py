@@ -10,10 +10,11 @@ import asyncio
 import random
 import sys
 import time
-from collections.abc import Generator, Mapping
+from collections.abc import Callable, Generator, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
-from typing import Any, Protocol, TypeVar
+from typing import Any, Generic, Protocol, TypeVar
 
 from latentfarm_shared.errors import FarmError, UnreadableFile
 
@@ -31,7 +32,7 @@ class Call:
     """A request; `path` begins behind the farm's address.
 
     `source` is a file whose bytes are sent, under `file_name` in a form if that is given. `is_safe` says that it may be
-    sent twice; `timeout_s` is longer than usual where the farm has much to do.
+    sent twice, `is_long` that the farm has much to do before it answers; `at_most_s` is how long the caller would wait.
     """
 
     method: str
@@ -43,7 +44,8 @@ class Call:
     form: Mapping[str, str] = field(default_factory=dict)
     headers: Mapping[str, str] = field(default_factory=dict)
     is_safe: bool = False
-    timeout_s: float | None = None
+    is_long: bool = False
+    at_most_s: float | None = None
 
     @property
     def may_repeat(self) -> bool:
@@ -101,35 +103,71 @@ class SendsAsync(Protocol):
         ...
 
 
+class _Course(Generic[T]):
+    """A flow on its way: what it asks for next, and what it is told."""
+
+    def __init__(self, flow: Flow[T]) -> None:
+        self._advance: Callable[[], Step] = partial(flow.send, None)
+        self._flow = flow
+        self._call: Call | None = None
+        self._data = b""
+        self.result: T | None = None
+
+    def next(self) -> Step | None:
+        """Return what the flow asks for; None at its end, with its result."""
+        try:
+            return self._advance()
+        except StopIteration as done:
+            self.result = done.value
+            return None
+
+    def data_of(self, call: Call) -> bytes:
+        """Return the bytes of a call's file, read once however often it is sent."""
+        if call is not self._call:
+            self._call, self._data = call, call.data()
+        return self._data
+
+    def told(self, reply: Reply | None) -> None:
+        """Go on with an answer."""
+        self._advance = partial(self._flow.send, reply)
+
+    def failed(self, error: FarmError) -> None:
+        """Go on where a file could not be read."""
+        self._advance = partial(self._flow.throw, error)
+
+
 def run(flow: Flow[T], sends: Sends) -> T:
     """Run a flow in this thread."""
-    reply: Reply | None = None
-    while True:
-        try:
-            step = flow.send(reply)
-        except StopIteration as done:
-            return done.value  # type: ignore[no-any-return]
-        reply = None
-        if isinstance(step, Call):
-            reply = sends.send(step, step.data())
-        else:
+    course = _Course(flow)
+    while (step := course.next()) is not None:
+        if isinstance(step, Pause):
             time.sleep(step.seconds)
+            course.told(None)
+            continue
+        try:
+            data = course.data_of(step)
+        except FarmError as error:
+            course.failed(error)
+        else:
+            course.told(sends.send(step, data))
+    return course.result  # type: ignore[return-value]
 
 
 async def run_async(flow: Flow[T], sends: SendsAsync) -> T:
     """Run a flow in this event loop."""
-    reply: Reply | None = None
-    while True:
-        try:
-            step = flow.send(reply)
-        except StopIteration as done:
-            return done.value  # type: ignore[no-any-return]
-        reply = None
-        if isinstance(step, Call):
-            data = b"" if step.source is None else await asyncio.to_thread(step.data)
-            reply = await sends.send(step, data)
-        else:
+    course = _Course(flow)
+    while (step := course.next()) is not None:
+        if isinstance(step, Pause):
             await asyncio.sleep(step.seconds)
+            course.told(None)
+            continue
+        try:
+            data = b"" if step.source is None else await asyncio.to_thread(course.data_of, step)
+        except FarmError as error:
+            course.failed(error)
+        else:
+            course.told(await sends.send(step, data))
+    return course.result  # type: ignore[return-value]
 
 
 def asked(call: Call) -> Flow[Reply]:

@@ -10,7 +10,7 @@ from latentfarm_shared import __version__
 
 from latentfarm.client.flows import UNREACHABLE, Call, Reply
 
-TIMEOUT_S = 60.0
+TIMEOUT_S, LONG_S = 60.0, 600.0
 CONNECTIONS = 32
 
 
@@ -25,10 +25,12 @@ def _options(url: str, api_key: str | None, timeout_s: float) -> dict[str, Any]:
     }
 
 
-def _arguments(call: Call, data: bytes) -> dict[str, Any]:
+def _arguments(call: Call, data: bytes, usual_s: float) -> dict[str, Any]:
     found: dict[str, Any] = {"params": _query(call.query), "headers": dict(call.headers)}
-    if call.timeout_s is not None:
-        found["timeout"] = call.timeout_s
+    if call.is_long:
+        found["timeout"] = httpx2.Timeout(usual_s, read=max(usual_s, LONG_S), write=max(usual_s, LONG_S))
+    elif call.at_most_s is not None:
+        found["timeout"] = min(usual_s, max(1.0, call.at_most_s))
     if call.json is not None:
         found["json"] = call.json
     if call.file_name is not None:
@@ -57,12 +59,13 @@ class Http:
 
     def __init__(self, url: str, api_key: str | None, timeout_s: float = TIMEOUT_S) -> None:
         """Connect lazily."""
+        self._timeout_s = timeout_s
         self._client = httpx2.Client(**_options(url, api_key, timeout_s))
 
     def send(self, call: Call, data: bytes) -> Reply:
         """Send a call and return its answer; one of status 0 if there was none."""
         try:
-            return _reply(self._client.request(call.method, call.path, **_arguments(call, data)))
+            return _reply(self._client.request(call.method, call.path, **_arguments(call, data, self._timeout_s)))
         except httpx2.HTTPError as error:
             return _none(error, self._client.base_url)
 
@@ -76,12 +79,13 @@ class AsyncHttp:
 
     def __init__(self, url: str, api_key: str | None, timeout_s: float = TIMEOUT_S) -> None:
         """Connect lazily."""
+        self._timeout_s = timeout_s
         self._client = httpx2.AsyncClient(**_options(url, api_key, timeout_s))
 
     async def send(self, call: Call, data: bytes) -> Reply:
         """Send a call and return its answer; one of status 0 if there was none."""
         try:
-            return _reply(await self._client.request(call.method, call.path, **_arguments(call, data)))
+            return _reply(await self._client.request(call.method, call.path, **_arguments(call, data, self._timeout_s)))
         except httpx2.HTTPError as error:
             return _none(error, self._client.base_url)
 

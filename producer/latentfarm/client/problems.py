@@ -60,16 +60,18 @@ def error_of(problem: Mapping[str, Any], status: int) -> FarmError:
     """
     code, title = str(problem["code"]), str(problem["title"])
     kind = _class_of(code, status)
-    details = [tuple(value) if isinstance(value, list) else value for value in problem.get("details") or ()]
-    if details:
-        try:
-            error = kind(*details)
-        except TypeError:
-            pass  # a farm of another version, which makes it of other values
-        else:
-            if str(error) == title:
-                return error
-    return _told(kind, title, dict(problem))
+    return _made_again(kind, title, problem.get("details")) or _told(kind, title, dict(problem))
+
+
+def _made_again(kind: type[FarmError], title: str, details: Any) -> FarmError | None:
+    """Return an error made of the values it was made of; None if they are not told, or mean something else here."""
+    if not isinstance(details, list) or not details:
+        return None
+    try:
+        error = kind(*(tuple(value) if isinstance(value, list) else value for value in details))
+        return error if str(error) == title else None
+    except Exception:  # noqa: BLE001 - a farm of another version makes errors of other values
+        return None
 
 
 def _class_of(code: str, status: int) -> type[FarmError]:

@@ -12,7 +12,7 @@ from pathlib import Path
 from urllib.parse import urlsplit
 
 import platformdirs
-from latentfarm_shared.errors import BadSettings, InvalidField, UnknownName
+from latentfarm_shared.errors import BadSettings, InvalidField, UnknownName, UsageError
 from latentfarm_shared.settings import CLIENT_VARIABLES
 from pydantic import BaseModel, ValidationError
 
@@ -95,15 +95,22 @@ def address_of(url: str | None, api_key: str | None) -> tuple[str, str | None]:
     Raises:
         InvalidField: no address is given, or set.
     """
-    found = profile_set()
-    if url is None and found is None:
-        raise InvalidField("url", f"is missing; pass a farm's address, set {URL} or run 'latentfarm login'")
-    if url is None and found is not None:
-        return found.url, found.api_key if api_key is None else api_key or None
-    address = checked(url or "")
-    if api_key is None and found is not None and checked(found.url) == address:
-        return address, found.api_key
-    return address, api_key or None
+    if url is None:
+        found = profile_set()
+        if found is None:
+            raise InvalidField("url", f"is missing; pass a farm's address, set {URL} or run 'latentfarm login'")
+        return checked(found.url), found.api_key if api_key is None else api_key or None
+    address = checked(url)
+    return address, _key_for(address) if api_key is None else api_key or None
+
+
+def _key_for(address: str) -> str | None:
+    """Return the key that is set for an address; none where nothing is, or what is set cannot be read."""
+    try:
+        found = profile_set()
+        return found.api_key if found is not None and checked(found.url) == address else None
+    except UsageError:
+        return None
 
 
 def checked(url: str) -> str:

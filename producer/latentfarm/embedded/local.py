@@ -164,10 +164,10 @@ class LocalFarm:
         return start("api", [*command, "--data", str(self.data)], self.data / "logs", environ)
 
     def _secret_key(self) -> str:
-        """Return what webhook secrets are encrypted with, kept in the data folder."""
-        path = self.data / SECRET_FILE
-        if not path.exists():
-            write_private(path, secrets.token_urlsafe(32))
+        """Return what webhook secrets are encrypted with, kept in the data folder; the environment's, if it has one."""
+        path, given = self.data / SECRET_FILE, os.environ.get("LATENTFARM_SECRET_KEY")
+        if given or not path.exists():
+            write_private(path, given or secrets.token_urlsafe(32))
         return path.read_text().strip()
 
     def api_key(self) -> str | None:

@@ -55,9 +55,8 @@ def create(caller: Submitter, body: HookRequest) -> Response:
 @router.get("", response_model=HookPage, responses=documented(404))
 def list_hooks(caller: Reader, job: OfJob = None) -> Response:
     """List your webhooks, or those of one of your jobs."""
-    if job is not None:
-        own(caller, job)
-    return answer(HookPage(items=Hooks(caller.farm).ls(caller.owner, job)))
+    owner = caller.owner if job is None else own(caller, job).status().owner
+    return answer(HookPage(items=Hooks(caller.farm).ls(owner, job)))
 
 
 @router.get("/secret", response_model=SecretAnswer, responses=documented())
@@ -83,9 +82,9 @@ def _hook(caller: Caller, webhook: str, job: str | None) -> Hook:
     hooks = Hooks(caller.farm)
     if job is None:
         return hooks.get(caller.owner, webhook)
-    own(caller, job)
-    found = hooks.find(caller.owner, job, webhook)
-    if found is None:
+    owner = own(caller, job).status().owner
+    found = hooks.find(owner, job, webhook)
+    if found is None or found.owner != owner:  # of somebody whose job had this id before
         raise UnknownName("webhook", webhook)
     return found
 

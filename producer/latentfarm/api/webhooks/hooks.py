@@ -12,6 +12,7 @@ from cryptography.fernet import Fernet, InvalidToken
 from latentfarm_shared.errors import BadSettings, InvalidField, UnknownName
 from latentfarm_shared.ledger.ledger import translated
 from latentfarm_shared.parameters import short
+from latentfarm_shared.settings import secret_key_of
 from pydantic import BaseModel, Field
 
 from latentfarm.addresses import origin
@@ -53,7 +54,7 @@ class Hooks:
 
     def __init__(self, farm: DirectFarm) -> None:
         """Look at this farm's."""
-        self._redis, self._key = farm.ledger.redis, farm.settings.secret_key
+        self._redis, self._key = farm.ledger.redis, secret_key_of(farm.settings)
 
     def create(self, owner: str, asked: HookRequest, job: str | None = None) -> Hook:
         """Note an address.
@@ -96,7 +97,8 @@ class Hooks:
         """Return an owner's webhooks, or those of one job, the oldest first."""
         with translated():
             found = self._redis.hvals(self._index(owner, job))
-        return sorted((Hook.model_validate_json(text) for text in found), key=lambda hook: hook.created)
+        hooks = [hook for hook in map(Hook.model_validate_json, found) if hook.owner == owner]
+        return sorted(hooks, key=lambda hook: hook.created)
 
     def get(self, owner: str, hook_id: str) -> Hook:
         """Return one of an owner's webhooks.
