@@ -16,6 +16,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass, field
 from http.server import ThreadingHTTPServer
 from pathlib import Path
@@ -185,9 +186,18 @@ def last(world: World, command: str, sign: str, *, own_farm: bool) -> None:
                 assert time.monotonic() < until, f"{command} is not ready:\n{log.read_text()[-3000:]}"
                 time.sleep(0.2)
         finally:
-            os.killpg(process.pid, signal.SIGINT)
-            code = process.wait(60)
+            code = interrupted(process)
     assert code in (0, 130, -signal.SIGINT), f"{command}: {code}\n{log.read_text()[-3000:]}"
+
+
+def interrupted(process: subprocess.Popen[bytes]) -> int:
+    """Interrupt a process, again if it was not ready to hear of it; return its exit code."""
+    for _ in range(4):
+        os.killpg(process.pid, signal.SIGINT)
+        with suppress(subprocess.TimeoutExpired):
+            return process.wait(15)
+    os.killpg(process.pid, signal.SIGKILL)
+    return process.wait()
 
 
 def run_console(world: World, text: str) -> None:

@@ -33,12 +33,12 @@ def serve(farm: DirectFarm, host: str, port: int) -> None:
     configure_logs(farm.settings.log_level, farm.settings.log_format)
     with _listening(host, port) as listener:
         url = f"http://{_shown(host)}:{listener.getsockname()[1]}"
+        app = create_app(farm)
+        app.openapi()  # makes at once what the first requests would wait for
         if needs_keys:
             log.info("serving", url=url, docs=f"{url}/docs")
         else:
             log.info("serving this machine alone, for the farm has no API keys", url=url, docs=f"{url}/docs")
-        app = create_app(farm)
-        app.openapi()  # makes at once what the first requests would wait for
         config = uvicorn.Config(
             app,
             log_level="warning",
