@@ -6,14 +6,14 @@ import io
 from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 from latentfarm_shared.errors import InvalidField, nearest
 from latentfarm_shared.infotext import read_infotext, spec_values
-from latentfarm_shared.ledger import ImageState
 from PIL import Image, ImageDraw, ImageFont
 
 from latentfarm.contact_sheet import INK, MARGIN, PAPER, fit
+from latentfarm.pictures import Picture
 
 CELL, GAP, LINE = 192, 4, 18
 MOST_CELLS = 2500
@@ -23,49 +23,12 @@ FAINT = (170, 170, 174)
 Place = tuple[str, str]
 
 
-class Compared(Protocol):
-    """An image as it is compared."""
-
-    @property
-    def index(self) -> int:
-        """Which image of the job it is."""
-        ...
-
-    @property
-    def state(self) -> ImageState:
-        """Where it stands."""
-        ...
-
-    @property
-    def seed(self) -> int:
-        """Its seed."""
-        ...
-
-    @property
-    def point(self) -> Mapping[str, Any]:
-        """Where it lies on the job's axes."""
-        ...
-
-    @property
-    def parameters(self) -> str:
-        """Its infotext."""
-        ...
-
-    def summary(self) -> Mapping[str, Any]:
-        """Return what is told of it."""
-        ...
-
-    def png(self) -> bytes:
-        """Return the picture."""
-        ...
-
-
 @dataclass
 class _Cell:
     """One place of a grid: the first image there that is rendered, and how many there are."""
 
-    first: Compared
-    shown: Compared | None = None
+    first: Picture
+    shown: Picture | None = None
     count: int = 0
 
 
@@ -79,7 +42,7 @@ class Grid:
         self._rows: dict[str, None] = {}
         self._cells: dict[Place, _Cell] = {}
 
-    def add(self, image: Compared) -> None:
+    def add(self, image: Picture) -> None:
         """Put an image where it belongs.
 
         Raises:
@@ -97,7 +60,7 @@ class Grid:
             )
             raise InvalidField("x", reason)
 
-    def wanted(self) -> dict[Place, Compared]:
+    def wanted(self) -> dict[Place, Picture]:
         """Return the images whose pictures are shown."""
         return {place: cell.shown for place, cell in self._cells.items() if cell.shown is not None}
 
@@ -131,7 +94,7 @@ class Grid:
         return sheet
 
 
-def comparison(images: Iterable[Compared], x: str, y: str | None = None, title: str = "") -> Image.Image:
+def comparison(images: Iterable[Picture], x: str, y: str | None = None, title: str = "") -> Image.Image:
     """Return a grid of pictures: `x` varies across, `y` down.
 
     Both are fields (`seed`, `sampler`, `cfg_scale`, `embedding` …) or axes of a sweep (`strength:NAME`, `replace:TEXT`), in
@@ -158,13 +121,13 @@ def thumbnail(png: bytes) -> Image.Image:
     return picture.resize(size, Image.Resampling.LANCZOS)
 
 
-def _value(image: Compared, field_name: str, axis: str) -> str:
+def _value(image: Picture, field_name: str, axis: str) -> str:
     """Return what an image has on an axis, in words."""
     name = ALIASES.get(axis, axis)
     if name == "seed":
         return str(image.seed)
     if name == EMBEDDING:
-        applied = [str(row["name"]) for row in image.summary().get("embeddings", ())]
+        applied = [str(row["name"]) for row in image.summary()["embeddings"]]
         return " + ".join(applied) or "none"
     if name in image.point:
         return _shown(image.point[name])

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from latentfarm_shared.errors import FarmError, InvalidField
 from latentfarm_shared.housekeeping import manifest_key
@@ -143,7 +143,7 @@ class FarmImage(Picture):
         self.require()
         return self.store.link(self.key, expires_in)
 
-    def summary(self) -> dict[str, object]:
+    def summary(self) -> dict[str, Any]:
         """Return what the command line prints as JSON."""
         return {
             "index": self.index,

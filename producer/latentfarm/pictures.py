@@ -10,11 +10,11 @@ import re
 import threading
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from latentfarm_shared.infotext import read_infotext
 from latentfarm_shared.ledger import ImageState
@@ -51,6 +51,15 @@ class Picture(ABC):
     @abstractmethod
     def parameters(self) -> str:
         """The infotext, as written into the picture."""
+
+    @property
+    @abstractmethod
+    def point(self) -> Mapping[str, Any]:
+        """Where it lies on the job's axes."""
+
+    @abstractmethod
+    def summary(self) -> dict[str, Any]:
+        """Return what the command line prints as JSON."""
 
     @abstractmethod
     def png(self) -> bytes:

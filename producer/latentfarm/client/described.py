@@ -50,7 +50,7 @@ class Described:
         """What it is called in a folder of its job's pictures."""
         return file_name(self.index, self.seed)
 
-    def summary(self) -> dict[str, object]:
+    def summary(self) -> dict[str, Any]:
         """Return what the command line prints as JSON."""
         row = self.told.model_dump(exclude={"id"})
         return {key: value for key, value in row.items() if key not in ("point", "error") or value}
